@@ -1,0 +1,69 @@
+"""Every time and every bound of the broker, in one frozen record.
+
+A field's metadata says what it is for: `serve --help`, the environment (`WAKECALL_` and the field's name in capitals)
+and `docs/reference/configuration.md` are made from it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+__all__ = ["BrokerConfig"]
+
+_KIB = 1024
+_MIB = 1024 * _KIB
+
+
+def _seconds(default: float, doc: str) -> float:
+    return field(default=default, metadata={"doc": doc, "unit": "s"})
+
+
+def _count(default: int, doc: str, unit: str = "") -> int:
+    return field(default=default, metadata={"doc": doc, "unit": unit})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerConfig:
+    """Times in seconds, sizes in bytes, bounds in items.
+
+    Raises:
+        ValueError: a value that is not finite and positive.
+    """
+
+    heartbeat_timeout_s: float = _seconds(90.0, "a row without a heartbeat for so long goes inactive")
+    inactive_retention_s: float = _seconds(4 * 3600.0, "a row inactive for so long is deleted")
+    sweep_interval_s: float = _seconds(15.0, "time between two sweeps")
+    heartbeat_interval_s: float = _seconds(30.0, "how often publishers are asked to heartbeat")
+    keepalive_s: float = _seconds(15.0, "a silent channel carries a comment so often")
+    wake_s: float = _seconds(120.0, "the most that a wake may take, where its row does not say")
+    queue_s: float = _seconds(60.0, "the most that an infer waits for a free slot")
+    first_byte_s: float = _seconds(300.0, "the most that a streaming infer waits for its first byte")
+    idle_s: float = _seconds(120.0, "the most that an answer may pause")
+    total_s: float = _seconds(3600.0, "the most that an infer may take in all")
+    peer_stall_s: float = _seconds(60.0, "a peer that takes no byte for so long, while bytes wait, is cut")
+    grace_s: float = _seconds(2.0, "what is in flight at a shutdown may go on for so long")
+    waiting_s: float = _seconds(10.0, "a streaming caller hears `: waiting` so often before its first byte")
+    settled_memory_s: float = _seconds(300.0, "how long the outcome of a task is remembered for its publisher")
+
+    max_body_bytes: int = _count(32 * _MIB, "the largest body of a client or publisher, results excepted", "bytes")
+    max_held_bytes: int = _count(1024 * _MIB, "all bodies held at once", "bytes")
+    max_inline_body_bytes: int = _count(64 * _KIB, "a larger body is fetched by the publisher", "bytes")
+    max_plain_bytes: int = _count(_MIB, "an answer of a JSON or text type is held until whole up to here", "bytes")
+    max_event_tail_bytes: int = _count(64 * _KIB, "how much of an unfinished event is held back", "bytes")
+    max_message_bytes: int = _count(4 * _KIB, "the longest message and free text of a publisher", "bytes")
+    max_untaken_frame_bytes: int = _count(4 * _MIB, "a channel whose untaken frames exceed this ends", "bytes")
+    reply_buffer_bytes: int = _count(256 * _KIB, "what is held between one upload and its client", "bytes")
+    max_llms_per_session: int = _count(256, "rows of one session", "rows")
+    max_sessions_per_owner: int = _count(1000, "sessions of one owner", "sessions")
+    max_heartbeat_tasks: int = _count(10_000, "task ids in one heartbeat", "ids")
+    max_waiting_per_llm: int = _count(1000, "infers waiting for one row", "infers")
+    max_waiting: int = _count(10_000, "infers waiting in all", "infers")
+    max_settled_per_session: int = _count(1000, "outcomes remembered for one session", "outcomes")
+    max_readers_per_reply: int = _count(64, "readers of one answer", "readers")
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{each.name} must be a positive number, not {value!r}")

@@ -1,0 +1,103 @@
+"""What goes down a channel, and its bytes: server-sent events (WHATWG HTML, 9.2) of one ASCII JSON line each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from .models import InferRequest
+
+__all__ = ["KEEPALIVE", "ByeReason", "CancelReason", "Frame", "bye", "cancel", "encode", "hello", "infer", "wake"]
+
+CancelReason = Literal["client_disconnected", "deadline_exceeded", "lost_race", "shutdown"]
+ByeReason = Literal["superseded", "stale", "goodbye", "evicted", "shutdown"]
+
+#: A comment: whoever waits for frames hears that the line is alive.
+KEEPALIVE: Final = b": keep-alive\n\n"
+
+#: What a frame weighs beside its body: names, ids and punctuation, generously.
+_FRAME_OVERHEAD: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One message of a channel.
+
+    Args:
+        event: `hello`, `infer`, `wake`, `cancel` or `bye`.
+        data: the JSON object, as protocol.md lists it for this event.
+        id: `EPOCH-SEQ`.
+        weight: about how many bytes of memory it holds while nobody takes it.
+    """
+
+    event: str
+    data: dict[str, Any]
+    id: str
+    weight: int = _FRAME_OVERHEAD
+
+
+def encode(frame: Frame) -> bytes:
+    """The frame's bytes. JSON is written in ASCII, so no line separator of any kind can end the line early."""
+    data = json.dumps(frame.data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return f"id: {frame.id}\nevent: {frame.event}\ndata: {data}\n\n".encode("ascii")
+
+
+def hello(id: str, session_id: str, epoch: int, heartbeat_interval_s: float, keepalive_s: float) -> Frame:
+    """The first frame: from here on the channel is open."""
+    data = {
+        "session_id": session_id,
+        "epoch": epoch,
+        "heartbeat_interval_s": heartbeat_interval_s,
+        "keepalive_s": keepalive_s,
+        "features": [],
+    }
+    return Frame("hello", data, id)
+
+
+def infer(
+    id: str,
+    task_id: str,
+    llm: str,
+    model: str,
+    request: InferRequest,
+    deadline_s: float,
+    max_inline_body_bytes: int,
+) -> Frame:
+    """An infer. Its body rides along as text where it is short enough and UTF-8; else the publisher fetches it."""
+    headers = {"content-type": request.content_type}
+    if request.accept is not None:
+        headers["accept"] = request.accept
+    data: dict[str, Any] = {
+        "task_id": task_id,
+        "llm": llm,
+        "model": model,
+        "method": request.method,
+        "path": request.path,
+        "headers": headers,
+        "stream": request.stream,
+        "deadline_s": round(deadline_s, 3),
+    }
+    weight = _FRAME_OVERHEAD
+    if len(request.body) <= max_inline_body_bytes:
+        try:
+            data["body"] = request.body.decode()
+            weight += len(request.body)
+        except UnicodeDecodeError:
+            pass  # not text: the publisher fetches the bytes
+    return Frame("infer", data, id, weight)
+
+
+def wake(id: str, task_id: str, llm: str, model: str, deadline_s: float) -> Frame:
+    """A wake, which all who wait for the row share."""
+    return Frame("wake", {"task_id": task_id, "llm": llm, "model": model, "deadline_s": round(deadline_s, 3)}, id)
+
+
+def cancel(id: str, task_id: str, reason: CancelReason) -> Frame:
+    """A task that was sent has ended without its publisher."""
+    return Frame("cancel", {"task_id": task_id, "reason": reason}, id)
+
+
+def bye(id: str, reason: ByeReason) -> Frame:
+    """The last frame: the stream ends after it."""
+    return Frame("bye", {"reason": reason}, id)

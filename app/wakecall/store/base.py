@@ -1,0 +1,80 @@
+"""The interface of every store, and the one that forgets."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..models import LLM, Batch, Kind, SessionRecord, Snapshot, Status
+
+__all__ = ["MemoryStore", "Store", "StoreError"]
+
+
+class StoreError(Exception):
+    """A store could not do what it was asked. What it was given may be there or not: writing it again is harmless."""
+
+
+class Store(Protocol):
+    """What the broker needs of a store. Each method raises `StoreError` and nothing else."""
+
+    async def load(self) -> Snapshot:
+        """All rows and sessions."""
+
+    async def write(self, batch: Batch) -> None:
+        """Commit a batch whole; when it returns, the batch outlives the process."""
+
+    async def rows_of_session(self, session_id: str) -> tuple[LLM, ...]:
+        """The rows of a session, by name."""
+
+    async def stale_rows(self, cutoff: float) -> tuple[LLM, ...]:
+        """Live virtual rows whose last heartbeat is at or before `cutoff`, oldest first, then by name."""
+
+    async def expired_rows(self, cutoff: float) -> tuple[LLM, ...]:
+        """Inactive virtual rows that have been so since `cutoff` or before, oldest first, then by name."""
+
+    async def aclose(self) -> None:
+        """Let go of everything held. Idempotent."""
+
+
+class MemoryStore:
+    """A store that lives as long as its process: for tests, and for brokers that need not remember."""
+
+    def __init__(self) -> None:
+        self._llms: dict[str, LLM] = {}
+        self._sessions: dict[str, SessionRecord] = {}
+
+    async def load(self) -> Snapshot:
+        return Snapshot(tuple(self._llms.values()), tuple(self._sessions.values()))
+
+    async def write(self, batch: Batch) -> None:
+        for name, llm in batch.llms.items():
+            if llm is None:
+                self._llms.pop(name, None)
+            else:
+                self._llms[name] = llm
+        for session_id, session in batch.sessions.items():
+            if session is None:
+                self._sessions.pop(session_id, None)
+            else:
+                self._sessions[session_id] = session
+
+    async def rows_of_session(self, session_id: str) -> tuple[LLM, ...]:
+        return tuple(sorted((x for x in self._llms.values() if x.session_id == session_id), key=lambda x: x.name))
+
+    async def stale_rows(self, cutoff: float) -> tuple[LLM, ...]:
+        found = (
+            x
+            for x in self._llms.values()
+            if x.kind is Kind.VIRTUAL and x.status is not Status.INACTIVE and x.last_heartbeat_at <= cutoff
+        )
+        return tuple(sorted(found, key=lambda x: (x.last_heartbeat_at, x.name)))
+
+    async def expired_rows(self, cutoff: float) -> tuple[LLM, ...]:
+        found = [
+            (x.inactive_since, x.name, x)
+            for x in self._llms.values()
+            if x.kind is Kind.VIRTUAL and x.status is Status.INACTIVE and x.inactive_since is not None
+        ]
+        return tuple(x for since, _, x in sorted(found, key=lambda f: f[:2]) if since <= cutoff)
+
+    async def aclose(self) -> None:
+        pass

@@ -1,0 +1,66 @@
+"""What a sweep retires. Pure, and it costs what it retires: both inputs come oldest first and are read no further."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .models import LLM, SessionRecord
+
+__all__ = ["SweepDecision", "decide"]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepDecision:
+    """Names of rows and ids of sessions.
+
+    Args:
+        stale: live rows without a heartbeat for the timeout: they are lost.
+        expired: rows inactive for the retention time: they are deleted.
+        unused: sessions that had neither row nor channel for the retention time: they are forgotten.
+    """
+
+    stale: tuple[str, ...]
+    expired: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def decide(
+    live: Iterable[LLM],
+    inactive: Iterable[LLM],
+    unused: Iterable[SessionRecord],
+    *,
+    now: float,
+    heartbeat_timeout_s: float,
+    inactive_retention_s: float,
+    deletes: bool,
+) -> SweepDecision:
+    """Decide one sweep.
+
+    Args:
+        live: active and hibernating virtual rows, the longest without a heartbeat first.
+        inactive: inactive virtual rows, the longest inactive first.
+        unused: sessions with neither row nor channel, the longest so first.
+        now: seconds since the epoch, by the broker's clock.
+        heartbeat_timeout_s, inactive_retention_s: of `BrokerConfig`.
+        deletes: False within the first heartbeat timeout of a broker's life: publishers are still on their way.
+    """
+    stale = []
+    for row in live:
+        if now - row.last_heartbeat_at < heartbeat_timeout_s:
+            break
+        stale.append(row.name)
+    expired = []
+    forgotten = []
+    if deletes:
+        for row in inactive:
+            assert row.inactive_since is not None
+            if now - row.inactive_since < inactive_retention_s:
+                break
+            expired.append(row.name)
+        for session in unused:
+            assert session.unused_since is not None
+            if now - session.unused_since < inactive_retention_s:
+                break
+            forgotten.append(session.session_id)
+    return SweepDecision(tuple(stale), tuple(expired), tuple(forgotten))
