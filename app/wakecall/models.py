@@ -214,7 +214,7 @@ class TaskView:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Invariant 1 of design.md, and what else can be counted: `accepted == completed + failed + cancelled + waiting + in_flight`."""
+    """What can be counted. Always `accepted == completed + failed + cancelled + waiting + in_flight` (invariant 1)."""
 
     accepted: int
     completed: int
