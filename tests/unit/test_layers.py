@@ -1,0 +1,216 @@
+"""The layers of the code, as one table: arrows point down, and every import under app/wakecall is held to it.
+
+An import inside a function or under `TYPE_CHECKING` is an arrow like any other.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+APP = Path(__file__).resolve().parents[2] / "app"
+
+
+class Layer(NamedTuple):
+    """One layer: its modules (patterns of names below `wakecall`) and what they may import beside each other."""
+
+    modules: str
+    ours: str
+    third_party: str
+
+
+# A module belongs to the first layer that names it; "@" is the package's own `__init__`.
+LAYERS = {
+    # Decisions and data: no Trio, no I/O, no clock.
+    "pure": Layer("lifecycle placement sweep frames models errors config", "", ""),
+    # SQL stands in one place; what everybody else sees is the protocol in store/base.py.
+    "sqlite": Layer("store.sqlite store.migrations", "pure store", "trio sqlite_utils"),
+    "store": Layer("store store.*", "pure", "trio"),
+    # Trio, but neither HTTP nor SQL nor a socket.
+    "broker": Layer("broker session wake task channel bytestream deadlines", "pure store", "trio"),
+    "testing": Layer("testing", "pure store broker", "trio"),
+    "http": Layer(
+        "http http.* web web.*",
+        "pure store broker",
+        "trio quart quart_trio hypercorn h11 werkzeug msgspec prometheus_client",
+    ),
+    # The agent knows the wire, never the broker.
+    "publisher": Layer("publisher publisher.*", "pure", "trio httpx2 msgspec platformdirs"),
+    "serve": Layer("serve", "pure sqlite store broker http package", "trio hypercorn platformdirs"),
+    # An engine like any other: it does not know what it stands behind.
+    "demo engine": Layer("cli.demo_engine", "", "trio h11 msgspec click"),
+    "cli": Layer(
+        "cli cli.* __main__",
+        "pure sqlite store broker http publisher serve package",
+        "trio httpx2 msgspec click rich platformdirs",
+    ),
+    "package": Layer("@", "pure store broker http serve", ""),
+}
+
+# The only standard modules of the pure layer.
+PURE_STDLIB = "__future__ collections dataclasses enum functools itertools json math re string types typing"
+
+# Standard modules that are not for everyone, and the layers that may have them.
+RESERVED_STDLIB = {
+    "asyncio": "",
+    "sqlite3": "sqlite",
+    "socket": "http publisher serve cli",
+    "ssl": "http publisher serve",
+    "http": "",
+    "urllib": "http publisher cli",
+    "subprocess": "publisher cli",
+}
+
+# A clock asked in a pure module, whatever it was imported as.
+CLOCKS = {"now", "utcnow", "today", "time", "monotonic", "time_ns", "monotonic_ns", "perf_counter"}
+
+
+def module_name(path: Path) -> str:
+    """`app/wakecall/store/base.py` is `store.base`; the package itself is `@`."""
+    parts = path.relative_to(APP / "wakecall").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or "@"
+
+
+MODULES = {module_name(path): path for path in sorted((APP / "wakecall").rglob("*.py"))}
+
+
+def layer_of(module: str) -> str | None:
+    for name, layer in LAYERS.items():
+        if any(fnmatch.fnmatchcase(module, pattern) for pattern in layer.modules.split()):
+            return name
+    return None
+
+
+def imported(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of everything imported; `package` is what a relative import starts from."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            # `from . import errors` names a module, `from .errors import X` does not: both are tried.
+            yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
+
+
+def our_module(name: str) -> str:
+    """The longest module of ours that an absolute name starts with."""
+    parts = name.split(".")[1:]
+    while parts and ".".join(parts) not in MODULES:
+        parts.pop()
+    return ".".join(parts) or "@"
+
+
+def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
+    """What in a module's source points up or sideways, one line each."""
+    layer_name = layer_of(module)
+    if layer_name is None:
+        return [f"wakecall.{module} is in no layer: place it in the table of tests/unit/test_layers.py"]
+    layer = LAYERS[layer_name]
+    full = "wakecall" if module == "@" else f"wakecall.{module}"
+    tree = ast.parse(source)
+    found = []
+    for line, name in imported(tree, full if is_package else full.rpartition(".")[0]):
+        top = name.partition(".")[0]
+        if top == "wakecall":
+            target = layer_of(our_module(name))
+            bad = target != layer_name and target not in layer.ours.split()
+        elif top in sys.stdlib_module_names:
+            reserved = RESERVED_STDLIB.get(top)
+            bad = (layer_name == "pure" and top not in PURE_STDLIB.split()) or (
+                reserved is not None and layer_name not in reserved.split()
+            )
+        else:
+            bad = top not in layer.third_party.split()
+        if bad:
+            found.append(f"wakecall.{module}:{line} ({layer_name}) must not import {name}")
+    if layer_name == "pure":
+        found += [
+            f"wakecall.{module}:{node.lineno} (pure) must not ask a clock: `now` is an argument"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CLOCKS
+        ]
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_down(module: str) -> None:
+    """A module imports what its layer may, and every module has a layer."""
+    path = MODULES[module]
+    assert violations(module, path.read_text(), is_package=path.name == "__init__.py") == []
+
+
+@pytest.fixture
+def the_whole_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules that the examples below speak of, whether they are there or not."""
+    for module in ("errors", "models", "broker", "http", "publisher", "serve", "cli", "store", "store.sqlite"):
+        monkeypatch.setitem(MODULES, module, Path())
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lifecycle", "import trio"),
+        ("models", "import time"),
+        ("config", "import os.path"),
+        ("sweep", "from datetime import datetime"),
+        ("sweep", "def f(clock): return clock.now()"),
+        ("errors", "from .broker import Broker"),
+        ("placement", "from wakecall import broker"),
+        ("frames", "import msgspec"),
+        ("broker", "import socket"),
+        ("broker", "import sqlite_utils"),
+        ("session", "def f():\n    from .http import create_app"),
+        ("task", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import httpx2"),
+        ("broker", "from .store.sqlite import SqliteStore"),
+        ("store.base", "from ..broker import Broker"),
+        ("store.base", "import sqlite3"),
+        ("store.base", "from .sqlite import SqliteStore"),
+        ("http.app", "from ..store.sqlite import SqliteStore"),
+        ("http.app", "from ..publisher import agent"),
+        ("http.app", "from ..serve import serve"),
+        ("publisher.agent", "from ..broker import Broker"),
+        ("publisher.agent", "from ..store import Store"),
+        ("serve", "from .cli import main"),
+        ("testing", "from .http import create_app"),
+        ("cli.demo_engine", "from ..broker import open_broker"),
+        ("cli.demo_engine", "import httpx2"),
+        ("cli.main", "import asyncio"),
+        ("something_new", ""),
+    ],
+)
+@pytest.mark.usefixtures("the_whole_tree")
+def test_an_arrow_that_points_up_is_found(module: str, source: str) -> None:
+    """The check itself: it sees functions, `TYPE_CHECKING`, relative names, clocks, and modules without a layer."""
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("models", "from dataclasses import dataclass\nfrom .errors import WakecallError"),
+        ("store.sqlite", "import sqlite3, sqlite_utils\nfrom ..models import LLM\nfrom .base import Store"),
+        ("broker", "import time, trio\nfrom . import errors, models\nfrom .store import Store"),
+        ("http.app", "from quart_trio import QuartTrio\nfrom ..broker import Broker\nfrom .errors import table"),
+        ("publisher.agent", "import subprocess, httpx2\nfrom ..errors import WakecallError"),
+        ("cli.main", "from ..serve import serve\nfrom ..store.sqlite import SqliteStore"),
+    ],
+)
+@pytest.mark.usefixtures("the_whole_tree")
+def test_an_arrow_that_points_down_is_none_of_its_business(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def test_importing_the_package_loads_no_heavy_module() -> None:
+    """An embedder who wants the broker pays for Trio, not for a web server, a client or a terminal."""
+    heavy = {"quart", "hypercorn", "httpx2", "sqlite_utils", "click", "rich"}
+    script = f"import sys, wakecall; print(*sorted({heavy!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=APP)
+    assert run.stdout.split() == []
