@@ -122,8 +122,8 @@ def think(question: str, max_tokens: int | None) -> Answer:
         quoted = f"{quoted[:QUOTED]}…"
     asked = f"You asked: “{quoted}”" if quoted else "You asked nothing"
     words = split_words(
-        "You called a machine that cannot be called. No port is open here: this side dialled out to the broker and kept"
-        " the line, your request came down that line, and these words go back up to you one by one. "
+        "You called a machine that cannot be called: its publisher dialled out to the broker and held the line, your"
+        " request came down that line, and these words go back up to you one by one. "
         f"{asked}, and the honest answer is that I do not know: I am Wakecall's demo engine, a small program and no"
         " language model. Publish a real one in my place, and it will answer you the same way."
     )
@@ -220,7 +220,7 @@ def messages(body: bytes) -> Reply:
     def event(kind: str, **members: Any) -> bytes:
         return sse({"type": kind, **members}, event=kind)
 
-    start = {**message, "content": [], "stop_reason": None, "stop_sequence": None}
+    start: dict[str, Any] = {**message, "content": [], "stop_reason": None, "stop_sequence": None}
     start["usage"] = {**usage, "output_tokens": 0}
     return stream(
         [
