@@ -34,7 +34,9 @@ LAYERS = {
     "sqlite": Layer("store.sqlite store.migrations", "pure store", "trio sqlite_utils"),
     "store": Layer("store store.*", "pure", "trio"),
     # Trio, but neither HTTP nor SQL nor a socket.
-    "broker": Layer("broker session wake task channel directory dispatch journal upload bytestream deadlines", "pure store", "trio"),
+    "broker": Layer(
+        "broker session wake task channel directory dispatch journal upload bytestream deadlines", "pure store", "trio"
+    ),
     "testing": Layer("testing", "pure store broker", "trio"),
     "http": Layer(
         "http http.* web web.*",

@@ -1,0 +1,34 @@
+# Recipes for a checkout whose .venv is there (README: the second command). `.venv/bin/just` runs them.
+
+# The tools of .venv first, so that no venv has to be activated.
+export PATH := justfile_directory() / ".venv/bin:" + env("PATH")
+
+# Check, then test.
+default: check test
+
+# Everything in one go on this machine: a broker, a sleeping engine, a call that wakes it.
+demo *args:
+    wakecall demo {{ args }}
+
+# A broker on 127.0.0.1:8080.
+serve *args:
+    wakecall serve {{ args }}
+
+# The suite, or a part of it: `just test tests/unit -x`.
+test *args:
+    pytest {{ args }}
+
+# Lint, format, types and the layers.
+check:
+    ruff check .
+    ruff format --check .
+    mypy --strict
+    pytest -q tests/unit/test_layers.py
+
+# Measure, and write the numbers.
+bench *args:
+    python -m tests.benchmarks {{ args }}
+
+# The documentation's links, commands and code blocks.
+docs *args:
+    pytest -q tests/docs {{ args }}
