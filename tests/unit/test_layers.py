@@ -35,7 +35,9 @@ LAYERS = {
     "store": Layer("store store.*", "pure", "trio"),
     # Trio, but neither HTTP nor SQL nor a socket.
     "broker": Layer(
-        "broker session wake task channel directory dispatch journal upload bytestream deadlines", "pure store", "trio"
+        "broker session wake task channel directory dispatch journal local registry upload bytestream deadlines",
+        "pure store",
+        "trio",
     ),
     "testing": Layer("testing", "pure store broker", "trio"),
     "http": Layer(
@@ -53,7 +55,7 @@ LAYERS = {
         "pure sqlite store broker http publisher serve package demo_engine",
         "trio httpx2 msgspec click rich platformdirs",
     ),
-    "package": Layer("@", "pure store broker http serve", ""),
+    "package": Layer("@", "pure store sqlite broker http serve", ""),
 }
 
 # The only standard modules of the pure layer.
