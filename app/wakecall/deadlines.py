@@ -1,0 +1,96 @@
+"""Many deadlines, one Trio task.
+
+An infer has a deadline in each of its phases, moved with nearly every chunk. A task or a cancel scope for each would cost
+more than the chunk, so they share a heap: moving a deadline *later* (which is what a chunk does) assigns one float, and
+the heap's entry, come too early, is put back where it belongs. Moving it *earlier* pushes a second entry, and the first is
+passed over. Entries of those that were disarmed let go of what they held at once and are swept out when they outnumber the
+rest, so the heap stays as small as what is armed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from itertools import count
+
+import trio
+
+__all__ = ["Deadline", "Deadlines"]
+
+
+class Deadline:
+    """One deadline. `fire` is called, in `Deadlines.run`, at the first instant at or after `due` (`trio.current_time()`)."""
+
+    __slots__ = ("_entry", "due", "fire")
+
+    def __init__(self, fire: Callable[[], None]) -> None:
+        self.due = math.inf
+        self.fire: Callable[[], None] | None = fire
+        self._entry = math.inf  # the instant of its one valid entry in the heap
+
+
+class Deadlines:
+    """The heap, and the task that waits for its head."""
+
+    def __init__(self) -> None:
+        # The entire state: entries (instant, tie-breaker, deadline); `_dead` counts those that belong to disarmed ones.
+        self._heap: list[tuple[float, int, Deadline]] = []
+        self._dead = 0
+        self._sequence = count()
+        self._sleep: trio.CancelScope | None = None
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def arm(self, deadline: Deadline, due: float) -> None:
+        """Let `deadline` fire at `due`, whenever it was to fire before. Of equals, the one armed first fires first."""
+        deadline.due = due
+        if due < deadline._entry:
+            if deadline._entry != math.inf:
+                self._dead += 1
+            deadline._entry = due
+            heapq.heappush(self._heap, (due, next(self._sequence), deadline))
+            if self._sleep is not None and due < self._sleep.deadline:
+                self._sleep.deadline = due
+
+    def disarm(self, deadline: Deadline) -> None:
+        """Forget `deadline` for good. Idempotent."""
+        if deadline.fire is None:
+            return
+        deadline.fire = None
+        deadline.due = math.inf
+        if deadline._entry != math.inf:
+            deadline._entry = math.inf
+            self._dead += 1
+            if self._dead > 32 and self._dead * 2 > len(self._heap):
+                self._heap = [entry for entry in self._heap if entry[2]._entry == entry[0]]
+                heapq.heapify(self._heap)
+                self._dead = 0
+
+    def fire_due(self, now: float) -> float:
+        """Fire what is due at `now`; returns the instant at which to look again (`inf`: nothing is armed)."""
+        while self._heap:
+            instant, _, deadline = self._heap[0]
+            if instant != deadline._entry:
+                heapq.heappop(self._heap)
+                self._dead -= 1
+            elif instant > now:
+                return instant
+            else:
+                heapq.heappop(self._heap)
+                deadline._entry = math.inf
+                if deadline.due > now:
+                    self.arm(deadline, deadline.due)
+                elif deadline.fire is not None:
+                    deadline.due = math.inf
+                    deadline.fire()
+        return math.inf
+
+    async def run(self) -> None:
+        """Fire deadlines as they fall due, until cancelled."""
+        while True:
+            due = self.fire_due(trio.current_time())
+            with trio.CancelScope(deadline=due) as self._sleep:
+                await trio.sleep_forever()
+            self._sleep = None

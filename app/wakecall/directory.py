@@ -1,0 +1,265 @@
+"""The broker's entire mutable state, and the only steps that change a row or a session.
+
+What is in memory is the truth. It is: `rows` and `sessions`; three lists of rows and sessions in the order in which a sweep
+retires them (`live`, `inactive`, `unused`: since instants only grow, whatever is touched goes to the end, and no heap is
+needed); `tasks` sent and not over; `settled`, the recent outcomes; the counters; and what each row and session holds of its
+own. Every change of a record passes `change_row`, `remove_row`, `change_session` or `remove_session`, which keep the lists
+and hand the record to the journal, in the same step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple
+
+import trio
+
+from . import lifecycle
+from .config import BrokerConfig
+from .deadlines import Deadlines
+from .journal import Journal
+from .lifecycle import RowEvent
+from .models import LLM, Event, Kind, SessionRecord, Snapshot, Status
+from .session import Session
+from .task import Infer, WaitingLine
+from .wake import Wake
+
+__all__ = ["Clock", "Counters", "Directory", "Row", "Settled"]
+
+
+class Clock:
+    """Wall time that never leaps: the wall clock at the start, and the monotonic time since."""
+
+    def __init__(self) -> None:
+        self._offset = time.time() - trio.current_time()
+
+    def now(self) -> float:
+        """Seconds since the epoch, UTC."""
+        return self._offset + trio.current_time()
+
+
+class Row:
+    """A row at work: its record, who waits for it, what it has in flight."""
+
+    __slots__ = ("in_flight", "llm", "max_readers", "service_s", "session", "waiting", "wake")
+
+    def __init__(self, llm: LLM, max_readers: int) -> None:
+        self.llm = llm
+        self.session: Session | None = None
+        self.in_flight = 0
+        self.waiting: WaitingLine = OrderedDict()
+        self.wake: Wake | None = None
+        self.service_s = 1.0  # how long an infer has been holding its slot of late
+        self.max_readers: Final = max_readers
+
+
+@dataclass(slots=True)
+class Counters:
+    accepted: int = 0
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    waiting: int = 0
+    in_flight: int = 0
+    wakes_started: int = 0
+    wakes_succeeded: int = 0
+    wakes_failed: int = 0
+
+
+class Settled(NamedTuple):
+    """What is remembered of a task: whose it was, whether its publisher ended it, and when (`trio.current_time()`)."""
+
+    owner: str
+    by_publisher: bool
+    at: float
+
+
+class Directory:
+    def __init__(self, config: BrokerConfig, journal: Journal) -> None:
+        self.config: Final = config
+        self.clock: Final = Clock()
+        self.journal: Final = journal
+        self.rows: dict[str, Row] = {}
+        self.sessions: dict[str, Session] = {}
+        self.live: OrderedDict[str, Row] = OrderedDict()
+        self.inactive: OrderedDict[str, Row] = OrderedDict()
+        self.unused: OrderedDict[str, Session] = OrderedDict()
+        self.owned: dict[str, int] = {}  # sessions of each owner
+        self.tasks: dict[str, Infer | Wake] = {}
+        self.settled: dict[str, Settled] = {}
+        self.counters = Counters()
+        self.waiting_deadlines: Final = Deadlines()
+        self.stopping = False
+        self.observers: list[Callable[[Event], None]] = []
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Take what a store held. Nothing is active until its publisher is back; retention goes on."""
+        now = self.clock.now()
+        for record in sorted(snapshot.sessions, key=lambda s: s.unused_since or 0.0):
+            session = Session(replace(record, last_heartbeat_at=min(record.last_heartbeat_at, now)))
+            self.sessions[record.session_id] = session
+            self.owned[record.owner] = self.owned.get(record.owner, 0) + 1
+        rows = []
+        for llm in snapshot.llms:
+            row = Row(
+                replace(llm, last_heartbeat_at=min(llm.last_heartbeat_at, now)), self.config.max_readers_per_reply
+            )
+            rows.append(row)
+            self.rows[llm.name] = row
+            if llm.session_id is not None and (owner := self.sessions.get(llm.session_id)) is not None:
+                row.session = owner
+                owner.rows[llm.name] = row
+        # Those that were inactive before come first in the order of retirement; the rest are inactive from now on.
+        rows.sort(key=lambda r: min(r.llm.inactive_since or now, now))
+        for row in rows:
+            if row.llm.kind is not Kind.VIRTUAL:
+                continue
+            if row.llm.status is Status.INACTIVE:
+                self.inactive[row.llm.name] = row
+            else:
+                self.live[row.llm.name] = row
+                self.step(row, RowEvent.LOST)
+        for session in self.sessions.values():
+            self.review_unused(session)
+
+    # Rows
+
+    def add_row(self, llm: LLM, session: Session | None) -> Row:
+        """A row that was not there."""
+        row = Row(llm, self.config.max_readers_per_reply)
+        self.rows[llm.name] = row
+        if session is not None:
+            row.session = session
+            session.rows[llm.name] = row
+            self.live[llm.name] = row
+            self.review_unused(session)
+        self.journal.put_row(llm.name, llm)
+        return row
+
+    def change_row(self, row: Row, **changes: Any) -> None:
+        """Change fields other than status."""
+        row.llm = replace(row.llm, **changes)
+        if "last_heartbeat_at" in changes and row.llm.name in self.live:
+            self.live.move_to_end(row.llm.name)
+        self.journal.put_row(row.llm.name, row.llm)
+
+    def step(self, row: Row, event: RowEvent, *, bump: bool = False, **changes: Any) -> None:
+        """Move a row along the lifecycle's table; `bump` counts it as a sign of life.
+
+        Raises:
+            IllegalTransition: the table has no such step.
+        """
+        before = lifecycle.state_of(row.llm)
+        after = lifecycle.step(before, event)  # first the machine, then what hangs on it
+        now = self.clock.now()
+        if bump:
+            changes["last_heartbeat_at"] = now
+        name = row.llm.name
+        if after != before:
+            assert after.status is not None, "a row is removed by `remove_row`"
+            inactive = after.status is Status.INACTIVE
+            was_inactive = before.status is Status.INACTIVE
+            changes |= {"status": after.status, "remembers": after.remembers}
+            if inactive and not was_inactive:
+                changes["inactive_since"] = now
+                del self.live[name]
+                self.inactive[name] = row
+            elif was_inactive and not inactive:
+                changes["inactive_since"] = None
+                del self.inactive[name]
+                self.live[name] = row
+        if changes:
+            self.change_row(row, **changes)
+
+    def adopt_row(self, row: Row, session: Session) -> None:
+        """An inactive row goes over to another session of its owner."""
+        old = row.session
+        if old is session:
+            return
+        if old is not None:
+            del old.rows[row.llm.name]
+            self.review_unused(old)
+        row.session = session
+        session.rows[row.llm.name] = row
+        self.review_unused(session)
+
+    def remove_row(self, row: Row) -> None:
+        name = row.llm.name
+        del self.rows[name]
+        self.live.pop(name, None)
+        self.inactive.pop(name, None)
+        if row.session is not None:
+            del row.session.rows[name]
+            self.review_unused(row.session)
+            row.session = None
+        self.journal.put_row(name, None)
+
+    # Sessions
+
+    def add_session(self, record: SessionRecord) -> Session:
+        session = Session(record)
+        self.sessions[record.session_id] = session
+        self.owned[record.owner] = self.owned.get(record.owner, 0) + 1
+        self.journal.put_session(record.session_id, record)
+        self.review_unused(session)
+        return session
+
+    def change_session(self, session: Session, **changes: Any) -> None:
+        session.record = replace(session.record, **changes)
+        self.journal.put_session(session.record.session_id, session.record)
+
+    def remove_session(self, session: Session) -> None:
+        """Goodbye, eviction, or long disuse. Its rows stay, inactive, and bear its id."""
+        session_id, owner = session.record.session_id, session.record.owner
+        del self.sessions[session_id]
+        self.unused.pop(session_id, None)
+        self.owned[owner] -= 1
+        if not self.owned[owner]:
+            del self.owned[owner]
+        for row in session.rows.values():
+            row.session = None
+        for task_id in session.settled:
+            del self.settled[task_id]
+        self.journal.put_session(session_id, None)
+
+    def review_unused(self, session: Session) -> None:
+        """Note from when a session has had neither row nor channel."""
+        session_id = session.record.session_id
+        if self.sessions.get(session_id) is not session:
+            return
+        if session.rows or session.channel is not None or session.pending is not None:
+            self.unused.pop(session_id, None)
+            if session.record.unused_since is not None:
+                self.change_session(session, unused_since=None)
+        elif session_id not in self.unused:
+            self.unused[session_id] = session
+            if session.record.unused_since is None:
+                self.change_session(session, unused_since=self.clock.now())
+
+    # Outcomes
+
+    def remember(self, session: Session, task_id: str, by_publisher: bool) -> None:
+        """Keep a task's end for its publisher, within bounds of time and number."""
+        now = trio.current_time()
+        if self.sessions.get(session.record.session_id) is not session:
+            return
+        self.settled[task_id] = Settled(session.record.owner, by_publisher, now)
+        settled = session.settled
+        settled.append(task_id)
+        horizon = now - self.config.settled_memory_s
+        while len(settled) > self.config.max_settled_per_session or self.settled[settled[0]].at <= horizon:
+            del self.settled[settled.popleft()]
+
+    def recall(self, task_id: str) -> Settled | None:
+        """What is remembered of a task that is over."""
+        found = self.settled.get(task_id)
+        if found is None or trio.current_time() - found.at >= self.config.settled_memory_s:
+            return None
+        return found
+
+    def notify(self, event: Event) -> None:
+        for observer in self.observers:
+            observer(event)

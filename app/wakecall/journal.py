@@ -1,0 +1,123 @@
+"""What has been decided, on its way to the store.
+
+The broker decides in memory and puts the new record here in the same step; one writer commits whatever has gathered since
+its last commit (group commit). Only the last state of each row and session is kept, so the journal is bounded by what there
+is, even with a disk that has been full for days. An acknowledgement waits for the commit that carries its step; if that
+fails it is refused with `StoreUnavailable`, but the step stays, and the writer repeats it until it is down.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from .errors import StoreUnavailable
+from .models import LLM, Batch, SessionRecord
+from .store.base import Store, StoreError
+
+__all__ = ["Commit", "Journal"]
+
+logger = logging.getLogger("wakecall.store")
+
+_FIRST_RETRY_S = 0.25
+_LAST_RETRY_S = 5.0
+
+
+class Commit:
+    """The commit that will carry what has been decided until now."""
+
+    __slots__ = ("_done", "_error")
+
+    def __init__(self) -> None:
+        self._done = trio.Event()
+        self._error: StoreError | None = None
+
+    async def wait(self) -> None:
+        """Return once it is committed.
+
+        Raises:
+            StoreUnavailable: the store failed. The decision stands and is written again.
+        """
+        await self._done.wait()
+        if self._error is not None:
+            raise StoreUnavailable from self._error
+
+    def _finish(self, error: StoreError | None) -> None:
+        self._error = error
+        self._done.set()
+
+
+class Journal:
+    """Made by `open_broker`, which runs its writer."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        # The entire state: what has gathered, the commit that will carry it, and whether the last one went well.
+        self._llms: dict[str, LLM | None] = {}
+        self._sessions: dict[str, SessionRecord | None] = {}
+        self._next: Commit | None = None
+        self._work = trio.Event()
+        self._writing = trio.Lock()
+        self.ok = True
+
+    def put_row(self, name: str, llm: LLM | None) -> None:
+        """A row is now so; None: it is gone."""
+        self._llms[name] = llm
+        self._work.set()
+
+    def put_session(self, session_id: str, session: SessionRecord | None) -> None:
+        """A session is now so; None: it is gone."""
+        self._sessions[session_id] = session
+        self._work.set()
+
+    def commit(self) -> Commit:
+        """The commit that carries everything put so far. Call it in the step that put it."""
+        if self._next is None:
+            self._next = Commit()
+        self._work.set()
+        return self._next
+
+    async def run(self) -> None:
+        """Commit what gathers, until cancelled."""
+        retry_s = _FIRST_RETRY_S
+        while True:
+            await self._work.wait()
+            async with self._writing:
+                await self._flush()
+            if self.ok:
+                retry_s = _FIRST_RETRY_S
+            else:
+                # The disk gives no event when it is well again.
+                await trio.sleep(retry_s)
+                retry_s = min(retry_s * 2, _LAST_RETRY_S)
+
+    async def _flush(self) -> None:
+        """Commit once what has gathered. A failure is kept for the next time."""
+        self._work = trio.Event()
+        batch = Batch(self._llms, self._sessions)
+        commit, self._next = self._next, None
+        self._llms, self._sessions = {}, {}
+        error: StoreError | None = None
+        try:
+            await self._store.write(batch)
+        except StoreError as failure:
+            error = failure
+            if self.ok:
+                logger.error("the store failed: %s", failure)
+            # Under what has been decided meanwhile.
+            self._llms = batch.llms | self._llms
+            self._sessions = batch.sessions | self._sessions
+            self._work.set()
+        else:
+            if not self.ok:
+                logger.warning("the store is well again")
+        self.ok = error is None
+        if commit is not None:
+            commit._finish(error)
+
+    async def close(self) -> None:
+        """Commit what is left, once."""
+        async with self._writing:
+            if self._work.is_set():
+                await self._flush()

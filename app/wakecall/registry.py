@@ -1,0 +1,366 @@
+"""Sessions, their rows and their channels: registering, heartbeats, epochs, goodbye, sweeps.
+
+Each operation decides in one synchronous step (`_nowait` methods), which the journal then carries to the store; the public
+methods of `Broker` await the commit where the protocol promises one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+import trio
+
+from . import frames, lifecycle, sweep
+from .directory import Directory
+from .dispatch import Dispatcher
+from .errors import (
+    InvalidRequest,
+    LLMIsPublic,
+    LLMIsVirtual,
+    LLMNameTaken,
+    ModelNotFound,
+    ModelOffline,
+    SessionNotFound,
+    SessionTaken,
+    ShuttingDown,
+    TooMany,
+)
+from .frames import ByeReason
+from .lifecycle import RowEvent
+from .models import (
+    LLM,
+    ChannelEvent,
+    HeartbeatReply,
+    Kind,
+    LLMSpec,
+    Registered,
+    RegisteredLLM,
+    SessionEvent,
+    SessionRecord,
+    Status,
+    SweepReport,
+    is_id,
+    is_llm_name,
+)
+from .session import Channel, Session, run_session
+
+__all__ = ["Registry"]
+
+_REGISTER: Final = {Status.ACTIVE: RowEvent.REGISTER_ACTIVE, Status.HIBERNATING: RowEvent.REGISTER_HIBERNATING}
+_REPORT: Final = {Status.ACTIVE: RowEvent.REPORT_ACTIVE, Status.HIBERNATING: RowEvent.REPORT_HIBERNATING}
+
+logger = logging.getLogger("wakecall.broker")
+
+
+class Registry:
+    """Works on a `Directory`; made by the broker, whose nursery the sessions run in."""
+
+    def __init__(self, directory: Directory, dispatcher: Dispatcher, nursery: Callable[[], trio.Nursery]) -> None:
+        self._directory = directory
+        self._dispatcher = dispatcher
+        self._nursery = nursery
+        self._config = directory.config
+        self._deletes_from = directory.clock.now() + self._config.heartbeat_timeout_s
+
+    def find_session(self, session_id: str, owner: str) -> Session:
+        """A session of this owner. Raises SessionNotFound: there is none, or it is another's."""
+        session = self._directory.sessions.get(session_id)
+        if session is None or session.record.owner != owner:
+            raise SessionNotFound
+        return session
+
+    # Registering ----------------------------------------------------------------------------------------------------
+
+    def register_nowait(
+        self, session_id: str, specs: Sequence[LLMSpec], owner: str, agent_name: str, agent_version: str
+    ) -> Registered:
+        """Register, all or nothing: every check comes before the first change. See `Broker.register`."""
+        directory, now = self._directory, self._directory.clock.now()
+        if directory.stopping:
+            raise ShuttingDown
+        session = directory.sessions.get(session_id)
+        self._check_session(session, session_id, owner)
+        self._check_specs(session, session_id, specs, owner)
+
+        if session is None:
+            session = directory.add_session(
+                SessionRecord(session_id, owner, now, now, agent_name=agent_name, agent_version=agent_version)
+            )
+        else:
+            directory.change_session(session, last_heartbeat_at=now, agent_name=agent_name, agent_version=agent_version)
+        named = {spec.name for spec in specs}
+        for row in [row for name, row in session.rows.items() if name not in named]:
+            if row.llm.remembers is not None or row.llm.status is not Status.INACTIVE:
+                self._dispatcher.step(row, RowEvent.WITHDRAWN)
+        llms = tuple(self._register_row(session, spec, now) for spec in specs)
+        directory.notify(SessionEvent("registered", session_id, len(llms)))
+        return Registered(session_id, self._config.heartbeat_interval_s, llms)
+
+    def _check_session(self, session: Session | None, session_id: str, owner: str) -> None:
+        if not is_id(session_id):
+            raise InvalidRequest("A session id is 1 to 128 of A-Z a-z 0-9 _ -.", param="session_id")
+        if session is not None and session.record.owner != owner:
+            raise SessionTaken
+        if session is None and self._directory.owned.get(owner, 0) >= self._config.max_sessions_per_owner:
+            raise TooMany(f"An owner has at most {self._config.max_sessions_per_owner} sessions.")
+
+    def _check_specs(self, session: Session | None, session_id: str, specs: Sequence[LLMSpec], owner: str) -> None:
+        limit = self._config.max_llms_per_session
+        if len(specs) > limit:
+            raise TooMany(f"A session has at most {limit} models.", param="llms")
+        held = {} if session is None else session.rows
+        names = set(held)
+        seen: set[str] = set()
+        for index, spec in enumerate(specs):
+            where = f"llms[{index}].name"
+            if not is_llm_name(spec.name):
+                raise InvalidRequest("This is no valid name for a model.", param=where)
+            if spec.name in seen:
+                raise InvalidRequest("The same name stands twice.", param=where)
+            if spec.status is Status.INACTIVE:
+                raise InvalidRequest("A status is active or hibernating.", param=f"llms[{index}].status")
+            seen.add(spec.name)
+            names.add(spec.name)
+            row = self._directory.rows.get(spec.name)
+            if row is None:
+                continue
+            llm = row.llm
+            if llm.kind is Kind.PUBLIC:
+                raise LLMIsPublic(param=where)
+            if llm.owner != owner:
+                raise LLMNameTaken(param=where)
+            if llm.session_id != session_id and llm.status is not Status.INACTIVE:
+                raise LLMNameTaken(param=where)
+        if len(names) > limit:
+            # Those that were withdrawn count until their retention is over: else a session could fill the memory.
+            raise TooMany(f"A session has at most {limit} models, withdrawn ones included.", param="llms")
+
+    def _register_row(self, session: Session, spec: LLMSpec, now: float) -> RegisteredLLM:
+        directory, record = self._directory, session.record
+        row = directory.rows.get(spec.name)
+        if row is None:
+            status = spec.status or Status.ACTIVE
+            state = lifecycle.step(lifecycle.ABSENT, _REGISTER[status])
+            assert state.status is not None
+            llm = LLM(spec.name, record.owner, state.status, created_at=now, last_heartbeat_at=now)
+            directory.add_row(_described(llm, spec, record.session_id), session)
+            return RegisteredLLM(spec.name, status, "created")
+        llm = row.llm
+        adopted = llm.session_id != record.session_id
+        if row.session is not session:
+            if row.wake is not None:
+                # It was asked of a publisher whose row this no longer is.
+                self._dispatcher.settle_wake(row.wake, "lost", ModelOffline(), cancel="client_disconnected")
+            directory.adopt_row(row, session)
+        kept = llm.remembers if llm.status is Status.INACTIVE else llm.status
+        status = spec.status or kept or Status.ACTIVE
+        row.llm = _described(row.llm, spec, record.session_id)
+        self._dispatcher.step(row, _REGISTER[status], bump=True)
+        return RegisteredLLM(spec.name, row.llm.status, "adopted" if adopted else "reactivated")
+
+    # Heartbeats -----------------------------------------------------------------------------------------------------
+
+    def heartbeat_nowait(
+        self, session_id: str, statuses: Mapping[str, Status], tasks: Sequence[str], owner: str
+    ) -> HeartbeatReply:
+        """See `Broker.heartbeat`."""
+        directory = self._directory
+        session = self.find_session(session_id, owner)
+        if len(tasks) > self._config.max_heartbeat_tasks:
+            raise TooMany(f"A heartbeat names at most {self._config.max_heartbeat_tasks} tasks.", param="tasks")
+        if Status.INACTIVE in statuses.values():
+            raise InvalidRequest("A status is active or hibernating.", param="llms")
+        directory.change_session(session, last_heartbeat_at=directory.clock.now())
+        for name, row in list(session.rows.items()):
+            reported = statuses.get(name)
+            self._dispatcher.step(row, RowEvent.REVIVE if reported is None else _REPORT[reported], bump=True)
+        drop = tuple(task_id for task_id in tasks if not self._is_waited_for(task_id, owner))
+        return HeartbeatReply({name: row.llm.status for name, row in session.rows.items()}, drop)
+
+    def _is_waited_for(self, task_id: str, owner: str) -> bool:
+        task = self._directory.tasks.get(task_id)
+        return task is not None and task.channel is not None and task.channel.session.record.owner == owner
+
+    # Channels -------------------------------------------------------------------------------------------------------
+
+    def open_channel(self, session_id: str, owner: str) -> Channel:
+        """A new epoch: the one before it ends as superseded, and this is current once that has been joined."""
+        directory = self._directory
+        if directory.stopping:
+            raise ShuttingDown
+        session = self.find_session(session_id, owner)
+        epoch = session.record.epoch + 1
+        directory.change_session(session, epoch=epoch)
+        channel = Channel(
+            session,
+            epoch,
+            self._config,
+            on_disconnect=lambda channel: self.end_channel(channel, None),
+            on_overflow=lambda channel: self.end_channel(channel, "stale"),
+            on_room=self._on_channel_room,
+        )
+        # The successor is there before the predecessor goes, so that the rows keep their status and their lines.
+        before, session.pending = session.pending, channel
+        for older in (before, session.channel):
+            if older is not None:
+                self.end_channel(older, "superseded")
+        directory.review_unused(session)
+        leaving = session.leaving
+        if leaving is not None and leaving.joined.is_set():
+            leaving = None
+        self._nursery().start_soon(run_session, channel, leaving, self._make_current)
+        return channel
+
+    def _make_current(self, channel: Channel) -> None:
+        session, directory = channel.session, self._directory
+        assert session.pending is channel
+        assert session.channel is None
+        session.pending, session.channel, session.leaving = None, channel, None
+        config = self._config
+        channel.push(
+            frames.hello(
+                channel.next_id(), channel.session_id, channel.epoch, config.heartbeat_interval_s, config.keepalive_s
+            )
+        )
+        directory.change_session(session, last_heartbeat_at=directory.clock.now())
+        directory.notify(ChannelEvent("open", channel.session_id, channel.epoch))
+        for row in list(session.rows.values()):
+            self._dispatcher.step(row, RowEvent.REVIVE, bump=True)
+
+    def _on_channel_room(self, channel: Channel) -> None:
+        for row in list(channel.session.rows.values()):
+            self._dispatcher.pump(row)
+
+    def end_channel(self, channel: Channel, reason: ByeReason | None) -> None:
+        """End a channel, in this one step: nothing that was sent on it is left when it returns. Idempotent.
+
+        1. It is detached: nothing is sent on it any more.
+        2. All that was sent on it fails.
+        3. Without a successor its rows are lost, and those who wait for them fail.
+        4. Its nursery is cancelled; nothing there awaits anything.
+
+        Args:
+            channel: which.
+            reason: what its publisher is told in `bye`; None: nobody is there to be told.
+        """
+        if channel.ended is not None:
+            return
+        session = channel.session
+        # 1
+        channel.ended = reason or "disconnected"
+        was_current = session.channel is channel
+        if was_current:
+            session.channel = None
+            session.leaving = channel
+        elif session.pending is channel:
+            session.pending = None
+        channel.close(reason)
+        # 2
+        failed = self._dispatcher.lose_tasks(channel)
+        # 3
+        if session.channel is None and session.pending is None:
+            for row in list(session.rows.values()):
+                if row.llm.status is not Status.INACTIVE:
+                    self._dispatcher.step(row, RowEvent.LOST)
+            self._directory.review_unused(session)
+        # 4
+        channel.scope.cancel()
+        if was_current:
+            event = ChannelEvent("ended", channel.session_id, channel.epoch, channel.ended, failed)
+            self._directory.notify(event)
+
+    # Leaving --------------------------------------------------------------------------------------------------------
+
+    def remove_session_nowait(self, session: Session, reason: ByeReason) -> None:
+        """Goodbye or eviction: its rows are withdrawn, its tasks fail, its channel ends, and it is gone."""
+        for row in list(session.rows.values()):
+            self._dispatcher.step(row, RowEvent.WITHDRAWN)
+        for channel in (session.pending, session.channel):
+            if channel is not None:
+                self.end_channel(channel, reason)
+        count = len(session.rows)
+        self._directory.remove_session(session)
+        event: SessionEvent = SessionEvent(
+            "evicted" if reason == "evicted" else "goodbye", session.record.session_id, count
+        )
+        self._directory.notify(event)
+
+    # Sweeping -------------------------------------------------------------------------------------------------------
+
+    def sweep_nowait(self) -> SweepReport:
+        """One pass. See `Broker.sweep`."""
+        directory, now = self._directory, self._directory.clock.now()
+        decision = sweep.decide(
+            (row.llm for row in directory.live.values()),
+            (row.llm for row in directory.inactive.values()),
+            (session.record for session in directory.unused.values()),
+            now=now,
+            heartbeat_timeout_s=self._config.heartbeat_timeout_s,
+            inactive_retention_s=self._config.inactive_retention_s,
+            deletes=now >= self._deletes_from,
+        )
+        inactivated: list[str] = []
+        for name in decision.stale:
+            row = directory.rows[name]
+            if row.llm.status is Status.INACTIVE:
+                continue  # lost with its channel, a moment ago
+            session = row.session
+            siblings = [row] if session is None else list(session.rows.values())
+            live = [each for each in siblings if each.llm.status is not Status.INACTIVE]
+            if session is not None and session.channel is not None:
+                # A publisher that does not heartbeat is gone, whatever its connection says: with it go all its rows.
+                self.end_channel(session.channel, "stale")
+            else:
+                live = [row]
+                self._dispatcher.step(row, RowEvent.LOST)
+            inactivated += [each.llm.name for each in live if each.llm.status is Status.INACTIVE]
+        for name in decision.expired:
+            row = directory.rows[name]
+            lifecycle.step(lifecycle.state_of(row.llm), RowEvent.EXPIRED)
+            self._dispatcher.fail_row(row)
+            directory.remove_row(row)
+        for session_id in decision.unused:
+            directory.remove_session(directory.sessions[session_id])
+            directory.notify(SessionEvent("expired", session_id, 0))
+        return SweepReport(tuple(inactivated), decision.expired)
+
+    # Operators ------------------------------------------------------------------------------------------------------
+
+    def put_public_nowait(self, name: str, type: str, model: str, url: str, key_env: str | None) -> None:
+        """See `Broker.put_public_llm`."""
+        directory, now = self._directory, self._directory.clock.now()
+        if not is_llm_name(name):
+            raise InvalidRequest("This is no valid name for a model.", param="name")
+        row = directory.rows.get(name)
+        if row is not None and row.llm.kind is Kind.VIRTUAL:
+            raise LLMIsVirtual
+        if row is None:
+            llm = LLM(name, "local", Status.ACTIVE, created_at=now, last_heartbeat_at=now, kind=Kind.PUBLIC)
+            directory.add_row(replace(llm, type=type, model=model, url=url, key_env=key_env), None)
+        else:
+            directory.change_row(row, type=type, model=model, url=url, key_env=key_env)
+
+    def delete_llm_nowait(self, name: str) -> None:
+        """See `Broker.delete_llm`."""
+        row = self._directory.rows.get(name)
+        if row is None:
+            raise ModelNotFound
+        self._dispatcher.fail_row(row)
+        self._directory.remove_row(row)
+
+
+def _described(llm: LLM, spec: LLMSpec, session_id: str) -> LLM:
+    """The record with what a register says of it, status apart."""
+    return replace(
+        llm,
+        session_id=session_id,
+        type=spec.type,
+        model=spec.model or spec.name,
+        max_concurrency=spec.max_concurrency,
+        wake_s=spec.wake_s,
+        cancel=spec.cancel,
+        pool=spec.pool,
+    )

@@ -1,0 +1,203 @@
+"""A publisher's session, and its channels.
+
+A session is a sticky registration: it outlives its channels. A channel is one live stream of frames, named by its epoch,
+and has a nursery of its own in the broker's tree (`run_session`) that owns the deadlines of all that was sent on it. Three
+states:
+
+    pending  →  current  →  ended
+
+A channel is pending until the nursery of the one before it has been joined; so nothing of an old epoch can act once the new
+one is current. `ended` is decided in one synchronous step (`registry.Registry.end_channel`), which settles all that was
+sent; the nursery is cancelled in that step and awaits nothing on its way out. The transport takes frames with `receive`,
+and nothing here waits for it to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from . import frames
+from .config import BrokerConfig
+from .deadlines import Deadline, Deadlines
+from .frames import ByeReason, Frame
+from .models import SessionRecord
+
+if TYPE_CHECKING:
+    from .directory import Row
+    from .task import Infer
+    from .wake import Wake
+
+__all__ = ["Channel", "Session", "run_session"]
+
+logger = logging.getLogger("wakecall.broker")
+
+
+class Session:
+    """A registered publisher. `rows` holds all that bear its id, withdrawn ones too."""
+
+    __slots__ = ("channel", "leaving", "pending", "record", "rows", "settled")
+
+    def __init__(self, record: SessionRecord) -> None:
+        self.record = record
+        self.rows: dict[str, Row] = {}
+        self.channel: Channel | None = None  # the current one
+        self.pending: Channel | None = None  # the one that will be current once `leaving` has been joined
+        self.leaving: Channel | None = None  # the last that was current
+        self.settled: deque[str] = deque()  # ids of its ended tasks, oldest first
+
+
+class Channel:
+    """One live stream of frames to a publisher. Made by `Broker.open_channel`.
+
+    Attributes:
+        session_id: whose it is.
+        epoch: which of the session's channels it is; it grows.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        epoch: int,
+        config: BrokerConfig,
+        *,
+        on_disconnect: Callable[[Channel], None],
+        on_overflow: Callable[[Channel], None],
+        on_room: Callable[[Channel], None],
+    ) -> None:
+        self.session: Final = session
+        self.session_id: Final = session.record.session_id
+        self.epoch: Final = epoch
+        self.tasks: dict[str, Infer | Wake] = {}  # sent on it and not over
+        self.deadlines = Deadlines()
+        self.scope = trio.CancelScope()
+        self.joined = trio.Event()
+        self.ended: str | None = None  # why
+        self._config = config
+        self._on_disconnect = on_disconnect
+        self._on_overflow = on_overflow
+        self._on_room = on_room
+        self._outbox: deque[Frame] = deque()
+        self._weight = 0
+        self._full = False
+        self._sequence = 0
+        self._closed = False
+        self._wakeup: trio.Event | None = None
+        self._stall = Deadline(self._on_stall)
+        self._taken_at = 0.0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether further infers may be sent: what is untaken weighs less than half the bound.
+
+        The other half is for frames that cannot wait (wakes, cancels). So a burst, such as the thousand who waited for one
+        wake, goes out as fast as the publisher takes it; and one that takes nothing is noticed by its stall.
+        """
+        return not self._full
+
+    def next_id(self) -> str:
+        """The id of the next frame."""
+        self._sequence += 1
+        return f"{self.epoch}-{self._sequence}"
+
+    def push(self, frame: Frame) -> None:
+        """Queue a frame. A channel whose untaken frames pass the bound ends, as `stale`."""
+        if self._closed:
+            return
+        if not self._outbox:
+            self._taken_at = trio.current_time()
+            self.deadlines.arm(self._stall, self._taken_at + self._config.peer_stall_s)
+        self._outbox.append(frame)
+        self._weight += frame.weight
+        if self._weight * 2 >= self._config.max_untaken_frame_bytes:
+            self._full = True
+        if self._wakeup is not None:
+            self._wakeup.set()
+        if self._weight > self._config.max_untaken_frame_bytes:
+            self._on_overflow(self)
+
+    def close(self, reason: ByeReason | None) -> None:
+        """Take no more frames: after what is queued and `bye` the stream ends; without a reason (nobody reads) at once."""
+        if self._closed:
+            return
+        if reason is None:
+            self._outbox.clear()
+        else:
+            self._outbox.append(frames.bye(self.next_id(), reason))
+        self._closed = True
+        self.deadlines.disarm(self._stall)
+        if self._wakeup is not None:
+            self._wakeup.set()
+
+    async def receive(self) -> list[Frame]:
+        """All frames that have queued up, at least one; an empty list once the channel has ended.
+
+        Raises:
+            trio.BusyResourceError: another task is receiving.
+        """
+        while not self._outbox:
+            if self._closed:
+                return []
+            if self._wakeup is not None:
+                raise trio.BusyResourceError("another task is receiving from this channel")
+            self._wakeup = trio.Event()
+            try:
+                await self._wakeup.wait()
+            finally:
+                self._wakeup = None
+        taken = list(self._outbox)
+        self._outbox.clear()
+        self._weight = 0
+        self._taken_at = trio.current_time()
+        if self._full:
+            self._full = False
+            if not self._closed:
+                self._on_room(self)
+        return taken
+
+    async def __aiter__(self) -> AsyncIterator[Frame]:
+        while taken := await self.receive():
+            for frame in taken:
+                yield frame
+
+    def disconnect(self) -> None:
+        """The peer is gone: acts at once, whatever the transport is stuck in. Idempotent."""
+        self._on_disconnect(self)
+
+    def _on_stall(self) -> None:
+        if not self._outbox:
+            return
+        due = self._taken_at + self._config.peer_stall_s
+        if due <= trio.current_time():
+            self._on_overflow(self)
+        else:
+            self.deadlines.arm(self._stall, due)
+
+
+async def run_session(channel: Channel, before: Channel | None, on_current: Callable[[Channel], None]) -> None:
+    """Be one epoch of a session: wait for the one before to be joined, be current, own its deadlines, until cancelled.
+
+    It supervises itself: a fault of ours in here ends this one channel, never the broker.
+
+    Args:
+        channel: this epoch.
+        before: the epoch before it, while that has not been joined.
+        on_current: makes it the current one; raises nothing.
+    """
+    try:
+        with channel.scope:
+            await trio.lowlevel.checkpoint()  # it may have ended before it began
+            if before is not None:
+                await before.joined.wait()
+            on_current(channel)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(channel.deadlines.run)
+    except Exception:
+        logger.exception("session %s: epoch %d failed", channel.session_id, channel.epoch)
+        channel.disconnect()
+    finally:
+        channel.joined.set()

@@ -1,0 +1,232 @@
+"""An infer: one client's call, from being accepted to its one outcome.
+
+An `Infer` is data with two waits on it, not a task of Trio's: it is moved by whoever acts on it (a route, a channel's end, a
+deadline), in one synchronous step each, through
+
+    waiting (for a wake or a slot)  →  sent (holds a slot; its frame is on a channel)  →  over
+
+and only `dispatch.Dispatcher` moves it. Who waits for it waits on two events: `wait_head`, for the first byte of an answer,
+and `Reply.wait_done`, for the outcome.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from .bytestream import ByteReader, ByteStream
+from .config import BrokerConfig
+from .deadlines import Deadline
+from .errors import TooMany, WakecallError
+from .models import InferRequest
+
+if TYPE_CHECKING:
+    from .directory import Row
+    from .session import Channel
+    from .upload import Upload
+
+__all__ = ["Infer", "InferState", "Reader", "Reply"]
+
+
+class InferState(Enum):
+    WAITING = "waiting"
+    SENT = "sent"
+    OVER = "over"
+
+
+class Infer:
+    """One infer in the broker's hands. Made by `Broker.infer_nowait`; whoever holds it calls `cancel` when he leaves.
+
+    Attributes:
+        task_id: names it on the wire.
+        request: the client's call.
+    """
+
+    __slots__ = (
+        "_cancel",
+        "accepted_at",
+        "channel",
+        "content_type",
+        "deadline",
+        "done",
+        "engine_status",
+        "error",
+        "first_byte_at",
+        "head_ready",
+        "last_byte_at",
+        "phase",
+        "phase_until",
+        "pieces",
+        "reader",
+        "received",
+        "request",
+        "room_at",
+        "row",
+        "sent_at",
+        "state",
+        "stream",
+        "task_id",
+        "total_until",
+        "upload",
+    )
+
+    def __init__(
+        self,
+        task_id: str,
+        row: Row,
+        request: InferRequest,
+        config: BrokerConfig,
+        now: float,
+        cancel: Callable[[Infer], None],
+    ) -> None:
+        self.task_id: Final = task_id
+        self.request: Final = request
+        self.row: Final = row
+        self._cancel = cancel
+        self.state = InferState.WAITING
+        self.phase = "queue"
+        self.accepted_at = now  # this and all that end in _at or _until: `trio.current_time()`
+        self.phase_until = math.inf
+        self.total_until = now + config.total_s
+        self.deadline: Deadline | None = None
+        self.channel: Channel | None = None
+        self.sent_at = math.inf
+        self.first_byte_at: float | None = None
+        self.last_byte_at = now
+        self.room_at = now
+        self.received = 0
+        self.pieces = False  # whether any of it came by …/chunks
+        self.upload: Upload | None = None
+        self.engine_status = 200
+        self.content_type: str | None = None
+        self.stream = ByteStream(config.reply_buffer_bytes, self._on_room)
+        self.reader: Final = self.stream.open_reader()
+        self.head_ready = trio.Event()
+        self.done = trio.Event()
+        self.error: WakecallError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.state is InferState.OVER
+
+    async def wait_head(self) -> Reply:
+        """The answer, at its first byte (or at its end, if it has none). A wait that is cancelled may be repeated.
+
+        Raises:
+            InferFailed: it ended before any byte came: offline, lost, not woken, out of time, …
+            ShuttingDown: the broker stopped first.
+        """
+        await self.head_ready.wait()
+        if self.error is not None and self.first_byte_at is None:
+            raise self.error.with_traceback(None)
+        return Reply(self)
+
+    def cancel(self) -> None:
+        """The caller leaves: frees the slot, or the place in the queue. Idempotent; nothing once it is over."""
+        self._cancel(self)
+
+    def next_due(self, config: BrokerConfig) -> tuple[float, str]:
+        """When this infer, sent, is next to be ended by the clock, and for what: a phase, or `stall` for its reader."""
+        due, why = self.total_until, "total"
+        if self.first_byte_at is None:
+            if self.request.stream and (until := self.sent_at + config.first_byte_s) < due:
+                due, why = until, "first_byte"
+            return due, why
+        if (until := self.stream.stalled_since() + config.peer_stall_s) < due:
+            due, why = until, "stall"
+        if self.stream.has_room and (until := max(self.last_byte_at, self.room_at) + config.idle_s) < due:
+            due, why = until, "idle"
+        return due, why
+
+    def _on_room(self) -> None:
+        # While the client held the upload back nobody waited for the publisher: its idle clock starts here.
+        self.room_at = trio.current_time()
+
+
+class Reader:
+    """A further reader of one answer: every chunk from its start on. Hold it in a `with` block, or `close` it."""
+
+    def __init__(self, reader: ByteReader) -> None:
+        self._reader = reader
+
+    async def receive(self) -> bytes:
+        """All that has come since the last call, joined; `b""` at the end. Raises the outcome's error if it ended badly."""
+        return await self._reader.receive()
+
+    def close(self) -> None:
+        """Take no more, and hold nobody back. Idempotent."""
+        self._reader.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while data := await self.receive():
+            yield data
+
+
+class Reply:
+    """An engine's answer on its way.
+
+    Attributes:
+        status: the engine's HTTP status.
+        headers: lower-case; `content-type` at the most.
+    """
+
+    def __init__(self, infer: Infer) -> None:
+        self._infer = infer
+        self.status: Final = infer.engine_status
+        self.headers: Final = {} if infer.content_type is None else {"content-type": infer.content_type}
+
+    @property
+    def settled(self) -> bool:
+        """Whether the answer has ended: all of it is here, or it failed."""
+        return self._infer.is_over
+
+    async def receive(self) -> bytes:
+        """All that has come since the last call, joined; `b""` at the good end.
+
+        Raises:
+            WakecallError: the outcome, if it is a bad one, after the last byte that came.
+        """
+        return await self._infer.reader.receive()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while data := await self.receive():
+            yield data
+
+    async def read(self) -> bytes:
+        """The whole body. Raises as `receive` does."""
+        pieces = []
+        while data := await self.receive():
+            pieces.append(data)
+        return b"".join(pieces)
+
+    async def wait_done(self) -> None:
+        """Wait for the outcome. Raises it (`WakecallError`) if it is a bad one."""
+        await self._infer.done.wait()
+        if self._infer.error is not None:
+            raise self._infer.error.with_traceback(None)
+
+    def subscribe(self) -> Reader:
+        """A further reader of every chunk from now on; the slowest reader holds back the upload.
+
+        Raises:
+            TooMany: as many read as may.
+        """
+        limit = self._infer.row.max_readers
+        if self._infer.stream.readers >= limit:
+            raise TooMany(f"An answer has at most {limit} readers.")
+        return Reader(self._infer.stream.open_reader())
+
+
+#: The waiting line of a row: task id → infer, first come first served; leaving it from the middle is as quick.
+WaitingLine = OrderedDict[str, Infer]

@@ -1,0 +1,166 @@
+"""What our own tests use, for those who embed Wakecall and test their programs.
+
+    async def test_my_program(autojump_clock):
+        async with open_test_broker() as broker, FakePublisher(broker, "laptop", ["qwen"]) as publisher:
+            ...
+            frame = await publisher.next("infer")
+            await publisher.answer(frame, b'{"ok": true}')
+
+Everything runs in memory and on Trio's clock, so a virtual one crosses hours in no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from types import TracebackType
+from typing import Any
+
+import trio
+
+from .broker import Broker, open_broker
+from .config import BrokerConfig
+from .frames import Frame
+from .models import LLMSpec, Statistics, Status
+from .session import Channel
+from .store.base import Store
+from .upload import Upload
+
+__all__ = ["FakePublisher", "check_invariants", "open_test_broker"]
+
+
+def check_invariants(broker: Broker) -> Statistics:
+    """Assert what holds at every instant, and return the counters.
+
+    Raises:
+        AssertionError: with the counters, where it does not.
+    """
+    counted = broker.statistics()
+    ended = counted.completed + counted.failed + counted.cancelled
+    assert counted.accepted == ended + counted.waiting + counted.in_flight, counted
+    views = broker.llm_views()
+    assert counted.waiting == sum(view.waiting for view in views), counted
+    tasks = broker.task_views()
+    assert counted.waiting + counted.in_flight == sum(task.kind == "infer" for task in tasks), (counted, tasks)
+    assert counted.wakes_in_flight == sum(task.kind == "wake" for task in tasks), (counted, tasks)
+    for view in views:
+        assert view.in_flight >= 0, view
+        if view.llm.status is Status.INACTIVE:
+            assert view.waiting == 0, "nobody waits for an inactive row"
+    return counted
+
+
+@asynccontextmanager
+async def open_test_broker(config: BrokerConfig | None = None, store: Store | None = None) -> AsyncIterator[Broker]:
+    """A broker like `open_broker`'s, checked as it closes: the invariants hold, and nothing is left in it."""
+    async with open_broker(store, config) as broker:
+        yield broker
+        check_invariants(broker)
+    counted = check_invariants(broker)
+    assert (counted.waiting, counted.in_flight, counted.wakes_in_flight, counted.channels) == (0, 0, 0, 0), counted
+
+
+class FakePublisher:
+    """A publisher without a wire: it registers, holds a channel while the block lasts, and does what the test says.
+
+    Args:
+        broker: where.
+        session_id: as whom.
+        llms: names, or specs where more is to be said.
+        owner: of the session.
+        connect: False: register only.
+
+    Attributes:
+        frames: all frames that it got, over all its channels.
+        channel: the one that it holds, or held last.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        session_id: str,
+        llms: Sequence[str | LLMSpec],
+        *,
+        owner: str = "local",
+        connect: bool = True,
+    ) -> None:
+        self.broker = broker
+        self.session_id = session_id
+        self.owner = owner
+        self.llms = [LLMSpec(llm) if isinstance(llm, str) else llm for llm in llms]
+        self.frames: list[Frame] = []
+        self.channel: Channel | None = None
+        self._connect = connect
+        self._seen = 0
+        self._news = trio.Event()
+        self._stack = AsyncExitStack()
+        self._nursery: trio.Nursery | None = None
+
+    async def __aenter__(self) -> FakePublisher:
+        await self.broker.register(self.session_id, self.llms, owner=self.owner)
+        await self._stack.__aenter__()
+        self._nursery = await self._stack.enter_async_context(trio.open_nursery())
+        if self._connect:
+            await self.connect()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._nursery is not None
+        self._nursery.cancel_scope.cancel()
+        await self._stack.__aexit__(kind, error, trace)
+
+    async def connect(self) -> Channel:
+        """Open a (further) channel, and return it once its `hello` has come."""
+        assert self._nursery is not None
+        channel: Channel = await self._nursery.start(self._hold_channel)
+        self.channel = channel
+        return channel
+
+    def disconnect(self) -> None:
+        """Vanish: the current channel ends in this step."""
+        assert self.channel is not None
+        self.channel.disconnect()
+
+    async def next(self, event: str) -> Frame:
+        """The next frame of this event that no earlier call has returned; others are passed over."""
+        while True:
+            while self._seen < len(self.frames):
+                frame = self.frames[self._seen]
+                self._seen += 1
+                if frame.event == event:
+                    return frame
+            self._news = trio.Event()
+            await self._news.wait()
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """The data of all frames of this event so far."""
+        return [frame.data for frame in self.frames if frame.event == event]
+
+    def upload(self, frame: Frame, *, status: int = 200, content_type: str | None = "application/json") -> Upload:
+        """Begin the answer to an infer or a wake."""
+        return self.broker.open_upload(
+            frame.data["task_id"], owner=self.owner, status=status, content_type=content_type
+        )
+
+    async def answer(
+        self, frame: Frame, *pieces: bytes, status: int = 200, content_type: str | None = "application/json"
+    ) -> None:
+        """Answer an infer or a wake whole."""
+        with self.upload(frame, status=status, content_type=content_type) as upload:
+            for piece in pieces:
+                await upload.send(piece)
+            await upload.finish()
+
+    def fail(self, frame: Frame, message: str, status: int | None = None) -> None:
+        """Report a failure."""
+        self.broker.fail(frame.data["task_id"], message, status=status, owner=self.owner)
+
+    async def _hold_channel(self, task_status: trio.TaskStatus[Channel]) -> None:
+        async with self.broker.open_channel(self.session_id, owner=self.owner) as channel:
+            async for frame in channel:
+                self.frames.append(frame)
+                self._news.set()
+                if frame.event == "hello":
+                    task_status.started(channel)
