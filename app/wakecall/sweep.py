@@ -45,9 +45,12 @@ def decide(
         heartbeat_timeout_s, inactive_retention_s: of `BrokerConfig`.
         deletes: False within the first heartbeat timeout of a broker's life: publishers are still on their way.
     """
+    # Cutoffs, not ages: a store that is asked for the rows at or before one answers with the same to the last bit.
+    heartbeat_cutoff = now - heartbeat_timeout_s
+    retention_cutoff = now - inactive_retention_s
     stale = []
     for row in live:
-        if now - row.last_heartbeat_at < heartbeat_timeout_s:
+        if row.last_heartbeat_at > heartbeat_cutoff:
             break
         stale.append(row.name)
     expired = []
@@ -55,12 +58,12 @@ def decide(
     if deletes:
         for row in inactive:
             assert row.inactive_since is not None
-            if now - row.inactive_since < inactive_retention_s:
+            if row.inactive_since > retention_cutoff:
                 break
             expired.append(row.name)
         for session in unused:
             assert session.unused_since is not None
-            if now - session.unused_since < inactive_retention_s:
+            if session.unused_since > retention_cutoff:
                 break
             forgotten.append(session.session_id)
     return SweepDecision(tuple(stale), tuple(expired), tuple(forgotten))
