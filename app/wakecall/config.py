@@ -28,7 +28,7 @@ class BrokerConfig:
     """Times in seconds, sizes in bytes, bounds in items.
 
     Raises:
-        ValueError: a value that is not finite and positive.
+        ValueError: a value that is not finite and positive, or a bound that is not whole.
     """
 
     heartbeat_timeout_s: float = _seconds(90.0, "a row without a heartbeat for so long goes inactive")
@@ -65,5 +65,7 @@ class BrokerConfig:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-                raise ValueError(f"{each.name} must be a positive number, not {value!r}")
+            kinds, what = ((int,), "whole number") if isinstance(each.default, int) else ((int, float), "number")
+            # A bool is an int to Python, and a slip here.
+            if isinstance(value, bool) or not (isinstance(value, kinds) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{each.name} must be a positive {what}, not {value!r}")
