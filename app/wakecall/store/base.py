@@ -17,7 +17,7 @@ class Store(Protocol):
     """What the broker needs of a store. Each method raises `StoreError` and nothing else."""
 
     async def load(self) -> Snapshot:
-        """All rows and sessions."""
+        """All rows, by name, and all sessions, by id."""
 
     async def write(self, batch: Batch) -> None:
         """Commit a batch whole; when it returns, the batch outlives the process."""
@@ -43,7 +43,10 @@ class MemoryStore:
         self._sessions: dict[str, SessionRecord] = {}
 
     async def load(self) -> Snapshot:
-        return Snapshot(tuple(self._llms.values()), tuple(self._sessions.values()))
+        return Snapshot(
+            tuple(self._llms[name] for name in sorted(self._llms)),
+            tuple(self._sessions[session_id] for session_id in sorted(self._sessions)),
+        )
 
     async def write(self, batch: Batch) -> None:
         for name, llm in batch.llms.items():

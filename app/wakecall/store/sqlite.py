@@ -1,0 +1,428 @@
+"""A store in one SQLite file.
+
+How it works. One connection, used only from a worker thread and by one thread at a time (a limiter of one). A call that
+has reached its thread runs to its end even if its caller is cancelled, so there never are two threads on the
+connection, and a cancelled `write` was either not begun or is committed. A batch is one transaction of plain SQL:
+`executemany` is several times as fast as sqlite-utils' upsert, which is used for what it is best at, the migrations.
+
+Before anything is written, the file is looked at through a read-only connection: whatever is not ours, not whole or too
+new is refused, and stays as it is to the last byte.
+
+One broker to a file: a lock on `PATH.lock`, taken before the file is so much as opened. It is a file of its own because
+closing any descriptor of the database would drop the locks that SQLite itself holds on it (POSIX locks belong to the
+process), and a `flock` because the kernel drops it with its process, however that ends. Other programs may read the
+file at any time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import stat
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from dataclasses import fields
+from operator import attrgetter
+from pathlib import Path
+from typing import Final, ParamSpec, TypeVar
+from urllib.parse import quote
+
+import trio
+from sqlite_utils import Database
+from sqlite_utils.migrations import Migrations
+
+from ..models import LLM, Batch, Kind, SessionRecord, Snapshot, Status
+from .base import StoreError
+
+__all__ = ["SqliteStore", "open_sqlite_store"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_MAGIC: Final = b"SQLite format 3\0"
+
+# What SQLite, the binding of its parameters and the reading of its rows can raise: a lone surrogate is a UnicodeError,
+# an integer beyond 64 bits an OverflowError, a status that is none a ValueError.
+_TROUBLE: Final = (sqlite3.Error, OSError, OverflowError, ValueError)
+
+# Schema -------------------------------------------------------------------------------------------------------------
+
+_migrations: Final = Migrations("wakecall")
+
+
+@_migrations(name="0001_llms_and_sessions")
+def _llms_and_sessions(db: Database) -> None:
+    # WITHOUT ROWID: rows are small and always asked for by their key, so one tree does instead of two.
+    db.execute(
+        """
+        CREATE TABLE llms (
+            name TEXT NOT NULL PRIMARY KEY,
+            owner TEXT NOT NULL,
+            status TEXT NOT NULL,
+            created_at REAL NOT NULL,
+            last_heartbeat_at REAL NOT NULL,
+            kind TEXT NOT NULL,
+            type TEXT NOT NULL,
+            model TEXT NOT NULL,
+            session_id TEXT,
+            remembers TEXT,
+            inactive_since REAL,
+            max_concurrency INTEGER,
+            wake_s REAL,
+            cancel TEXT NOT NULL,
+            pool TEXT,
+            url TEXT,
+            key_env TEXT
+        ) WITHOUT ROWID
+        """
+    )
+    db.execute(
+        """
+        CREATE TABLE sessions (
+            session_id TEXT NOT NULL PRIMARY KEY,
+            owner TEXT NOT NULL,
+            created_at REAL NOT NULL,
+            last_heartbeat_at REAL NOT NULL,
+            epoch INTEGER NOT NULL,
+            agent_name TEXT NOT NULL,
+            agent_version TEXT NOT NULL,
+            unused_since REAL
+        ) WITHOUT ROWID
+        """
+    )
+    # Each index ends in the name, so that its order is the answer's; the partial ones hold only what a sweep may
+    # retire, and a public row stands in neither.
+    db.execute("CREATE INDEX llms_by_session ON llms (session_id, name)")
+    db.execute(
+        "CREATE INDEX llms_by_heartbeat ON llms (last_heartbeat_at, name)"
+        " WHERE kind = 'virtual' AND status <> 'inactive'"
+    )
+    db.execute(
+        "CREATE INDEX llms_by_inactivity ON llms (inactive_since, name) WHERE kind = 'virtual' AND status = 'inactive'"
+    )
+
+
+# All of them are still to be applied to an empty database.
+with closing(Database(sqlite3.connect(":memory:"), execute_plugins=False)) as _empty:
+    _KNOWN: Final = frozenset(each.name for each in _migrations.pending(_empty))
+
+_LLM_COLUMNS: Final = tuple(each.name for each in fields(LLM))
+_SESSION_COLUMNS: Final = tuple(each.name for each in fields(SessionRecord))
+
+
+def _upsert(table: str, columns: tuple[str, ...]) -> str:
+    """An upsert by the first column. It updates in place: REPLACE would take the row out of every index and back."""
+    key, *rest = columns
+    sets = ", ".join(f"{name} = excluded.{name}" for name in rest)
+    marks = ", ".join("?" for _ in columns)
+    names = ", ".join(columns)
+    return f"INSERT INTO {table} ({names}) VALUES ({marks}) ON CONFLICT ({key}) DO UPDATE SET {sets}"  # noqa: S608
+
+
+_PUT_LLM: Final = _upsert("llms", _LLM_COLUMNS)
+_PUT_SESSION: Final = _upsert("sessions", _SESSION_COLUMNS)
+_DROP_LLM: Final = "DELETE FROM llms WHERE name = ?"
+_DROP_SESSION: Final = "DELETE FROM sessions WHERE session_id = ?"
+
+_SELECT_LLMS: Final = f"SELECT {', '.join(_LLM_COLUMNS)} FROM llms"  # noqa: S608
+_LOAD_LLMS: Final = f"{_SELECT_LLMS} ORDER BY name"
+_LOAD_SESSIONS: Final = f"SELECT {', '.join(_SESSION_COLUMNS)} FROM sessions ORDER BY session_id"  # noqa: S608
+_OF_SESSION: Final = f"{_SELECT_LLMS} WHERE session_id = ? ORDER BY name"
+# The conditions stand here word for word as in the partial indexes: SQLite takes those only where it sees the same.
+_STALE: Final = (
+    f"{_SELECT_LLMS} WHERE kind = 'virtual' AND status <> 'inactive' AND last_heartbeat_at <= ?"
+    " ORDER BY last_heartbeat_at, name"
+)
+_EXPIRED: Final = (
+    f"{_SELECT_LLMS} WHERE kind = 'virtual' AND status = 'inactive' AND inactive_since <= ?"
+    " ORDER BY inactive_since, name"
+)
+
+_llm_values: Final = attrgetter(*_LLM_COLUMNS)
+_session_values: Final = attrgetter(*_SESSION_COLUMNS)
+_STATUS: Final = _LLM_COLUMNS.index("status")
+_KIND: Final = _LLM_COLUMNS.index("kind")
+_REMEMBERS: Final = _LLM_COLUMNS.index("remembers")
+
+
+def _llms(rows: sqlite3.Cursor) -> tuple[LLM, ...]:
+    found = []
+    # Fetched first: a cursor that is left in the middle keeps its snapshot, and with it the log from being cut back.
+    for row in rows.fetchall():
+        values = list(row)
+        values[_STATUS] = Status(values[_STATUS])
+        values[_KIND] = Kind(values[_KIND])
+        if values[_REMEMBERS] is not None:
+            values[_REMEMBERS] = Status(values[_REMEMBERS])
+        found.append(LLM(*values))
+    return tuple(found)
+
+
+# The store ----------------------------------------------------------------------------------------------------------
+
+
+class SqliteStore:
+    """What `open_sqlite_store` opens: a `Store` in one file."""
+
+    _path: str
+    _db: Database
+    _lock: int
+    _limiter: trio.CapacityLimiter
+    _closed: bool
+
+    def __init__(self) -> None:
+        raise TypeError("use open_sqlite_store")
+
+    @classmethod
+    def _make(cls, path: str, db: Database, lock: int) -> SqliteStore:
+        self = cls.__new__(cls)
+        self._path = path
+        self._db = db
+        self._lock = lock
+        self._limiter = trio.CapacityLimiter(1)
+        self._closed = False
+        return self
+
+    async def load(self) -> Snapshot:
+        """All rows by name, all sessions by id."""
+        return await self._run("read", self._load)
+
+    async def write(self, batch: Batch) -> None:
+        """Commit a batch whole, or leave nothing of it."""
+        await self._run("write to", self._write, batch)
+
+    async def rows_of_session(self, session_id: str) -> tuple[LLM, ...]:
+        """The rows of a session, by name."""
+        return await self._run("read", self._query, _OF_SESSION, session_id)
+
+    async def stale_rows(self, cutoff: float) -> tuple[LLM, ...]:
+        """Live virtual rows whose last heartbeat is at or before `cutoff`, oldest first, then by name."""
+        return await self._run("read", self._query, _STALE, cutoff)
+
+    async def expired_rows(self, cutoff: float) -> tuple[LLM, ...]:
+        """Inactive virtual rows that have been so since `cutoff` or before, oldest first, then by name."""
+        return await self._run("read", self._query, _EXPIRED, cutoff)
+
+    async def aclose(self) -> None:
+        """Fold the log into the file, close it and give up its lock. Idempotent; what is under way ends first."""
+        # Shielded: a cancelled owner would otherwise leave the lock behind for as long as its process lives.
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._close, limiter=self._limiter)
+
+    async def _run(self, what: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        def guarded() -> T:
+            if self._closed:
+                raise StoreError(f"{self._path} has been closed.")
+            try:
+                return work(*args, **kwargs)
+            except _TROUBLE as error:
+                raise StoreError(f"Cannot {what} {self._path}: {error}") from error
+
+        # Never abandoned on cancel: the thread would go on, and the next call would join it on the connection.
+        return await trio.to_thread.run_sync(guarded, limiter=self._limiter)
+
+    # What follows runs in the worker thread.
+
+    def _load(self) -> Snapshot:
+        # Both reads from one transaction: they are one state.
+        with _transaction(self._db, "BEGIN"):
+            llms = _llms(self._db.execute(_LOAD_LLMS))
+            sessions = tuple(SessionRecord(*row) for row in self._db.execute(_LOAD_SESSIONS))
+        return Snapshot(llms, sessions)
+
+    def _query(self, sql: str, argument: str | float) -> tuple[LLM, ...]:
+        return _llms(self._db.execute(sql, (argument,)))
+
+    def _write(self, batch: Batch) -> None:
+        put_llms = [_llm_values(llm) for llm in batch.llms.values() if llm is not None]
+        drop_llms = [(name,) for name, llm in batch.llms.items() if llm is None]
+        put_sessions = [_session_values(session) for session in batch.sessions.values() if session is not None]
+        drop_sessions = [(session_id,) for session_id, session in batch.sessions.items() if session is None]
+        # IMMEDIATE: whoever else is writing is waited for here, before anything is done. A deferred transaction that
+        # has read would fail at its first write, without waiting.
+        with _transaction(self._db, "BEGIN IMMEDIATE"):
+            connection = self._db.conn
+            connection.executemany(_DROP_LLM, drop_llms)
+            connection.executemany(_PUT_LLM, put_llms)
+            connection.executemany(_DROP_SESSION, drop_sessions)
+            connection.executemany(_PUT_SESSION, put_sessions)
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._db.close()
+        except sqlite3.Error as error:
+            raise StoreError(f"Cannot close {self._path}: {error}") from error
+        finally:
+            os.close(self._lock)
+
+
+@contextmanager
+def _transaction(db: Database, begin: str) -> Iterator[None]:
+    db.execute(begin)
+    try:
+        yield
+        db.commit()
+    finally:
+        db.rollback()  # does nothing after a commit; after an error the next batch must find no transaction open
+
+
+# Opening ------------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def open_sqlite_store(path: str | os.PathLike[str], *, busy_timeout_s: float = 2.0) -> AsyncIterator[SqliteStore]:
+    """Open, and create where there is none, a store in the SQLite file at `path`.
+
+    A new file is readable by its owner alone (0600); folders on the way to it are made. Beside it stand SQLite's own
+    `-wal` and `-shm`, and `.lock`, which marks the broker that has it open.
+
+    Args:
+        path: the file.
+        busy_timeout_s: how long a write waits for another program that is writing to the file, in seconds.
+
+    Raises:
+        StoreError: the path cannot be used, the file is no database, a broken one, another program's or a newer
+            Wakecall's, or another broker has it open. The file is then as it was.
+    """
+    store = await trio.to_thread.run_sync(_open, os.fspath(path), busy_timeout_s)
+    try:
+        yield store
+    finally:
+        await store.aclose()
+
+
+def _open(path: str, busy_timeout_s: float) -> SqliteStore:
+    try:
+        # Through links, so that two names of one file are one lock.
+        real = os.path.realpath(path)
+        with ExitStack() as undo:
+            # Without a lock file no broker has the file open. Then it is looked at before, too: a file that is not
+            # ours gets no lock beside it.
+            if not os.path.exists(_lock_path(real)):
+                _examine(path, real, busy_timeout_s)
+            lock = _lock(path, real)
+            undo.callback(os.close, lock)
+            _examine(path, real, busy_timeout_s)
+            # check_same_thread: the worker thread is not always the same one; one at a time it is. isolation_level:
+            # the driver begins no transactions of its own. Plugins of sqlite-utils have no business in here.
+            connection = sqlite3.connect(real, timeout=busy_timeout_s, check_same_thread=False, isolation_level=None)
+            undo.callback(connection.close)
+            db = Database(connection, recursive_triggers=False, execute_plugins=False)
+            _set_pragmas(path, db)
+            # All in one transaction: an upgrade that fails leaves the file to the version that it was of.
+            with _transaction(db, "BEGIN IMMEDIATE"):
+                _migrations.apply(db)
+            store = SqliteStore._make(path, db, lock)
+            undo.pop_all()
+            return store
+    except _TROUBLE as error:
+        raise StoreError(f"Cannot open {path}: {error}. Check that it can be written, or name another file.") from error
+
+
+def _lock_path(real: str) -> str:
+    return f"{real}.lock"
+
+
+def _examine(path: str, real: str, busy_timeout_s: float) -> None:
+    _check_kind(path, real)
+    if _create_or_peek(path, real):
+        _inspect(path, real, busy_timeout_s)
+
+
+def _check_kind(path: str, real: str) -> None:
+    try:
+        mode = os.stat(real).st_mode
+    except FileNotFoundError:
+        # 0700: what the rows say is nobody else's business.
+        Path(real).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return
+    if stat.S_ISDIR(mode):
+        raise StoreError(f"{path} is a folder. Name a file in it, as in {os.path.join(path, 'wakecall.db')}.")
+    if not stat.S_ISREG(mode):
+        raise StoreError(f"{path} is no regular file. Name another file.")
+
+
+def _lock(path: str, real: str) -> int:
+    lock = os.open(_lock_path(real), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The holder's process id is for the message alone; the lock is the flock.
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+    except BlockingIOError as error:
+        holder = os.pread(lock, 20, 0).decode("ascii", "replace")
+        os.close(lock)
+        who = f" (process {holder})" if holder.isdigit() else ""
+        raise StoreError(
+            f"{path} is in use by another broker{who}. Stop that one, or give this one another file."
+        ) from error
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _create_or_peek(path: str, real: str) -> bool:
+    """Make the file if there is none. Returns whether there is something in it."""
+    # For reading and writing, so that a file which we may not write is refused here, before SQLite sees it. 0600 is
+    # what SQLite then gives its own files, too.
+    file = os.open(real, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        head = os.pread(file, len(_MAGIC), 0)
+    finally:
+        os.close(file)
+    if head and head != _MAGIC:
+        raise StoreError(f"{path} is no SQLite database. Name another file; this one has been left as it is.")
+    return bool(head)
+
+
+def _inspect(path: str, real: str, busy_timeout_s: float) -> None:
+    """Refuse what we should not touch, without touching it.
+
+    Read-only, for closing a read-write connection would fold the log of a broken file into it. Only where a
+    transaction of a rollback journal was cut short must SQLite write before it can read.
+    """
+    mode = "rw" if os.path.exists(f"{real}-journal") else "ro"
+    uri = f"file:{quote(os.fsencode(real))}?mode={mode}"
+    with closing(sqlite3.connect(uri, uri=True, timeout=busy_timeout_s, isolation_level=None)) as connection:
+        db = Database(connection, recursive_triggers=False, execute_plugins=False)
+        try:
+            problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            tables = set(db.table_names())
+            applied = [each.name for each in _migrations.applied(db)]
+        except sqlite3.OperationalError:
+            raise  # locked, unreadable: nothing is wrong with what is in it
+        except sqlite3.DatabaseError as error:
+            raise StoreError(_broken(path, str(error))) from error
+        if problem != "ok":
+            raise StoreError(_broken(path, problem))
+    if unknown := [name for name in applied if name not in _KNOWN]:
+        raise StoreError(
+            f"{path} was written by a newer Wakecall (its {unknown[0]} is not known here)."
+            " Upgrade Wakecall, or name another file; this one has been left as it is."
+        )
+    if not applied and tables - {_migrations.migrations_table}:
+        raise StoreError(f"{path} is another program's database. Name another file; this one has been left as it is.")
+
+
+def _broken(path: str, problem: str) -> str:
+    return (
+        f"{path} is damaged ({' '.join(problem.split())}). Move it aside to start anew, publishers will register"
+        " again; or restore a copy. It has been left as it is."
+    )
+
+
+def _set_pragmas(path: str, db: Database) -> None:
+    # WAL: a commit is one append, and programs that read the file neither wait for it nor hold it up.
+    (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise StoreError(f"{path} lies where SQLite cannot keep a write-ahead log. Name a file on a local disk.")
+    # NORMAL: in WAL an acknowledged commit survives the death of the process without a sync each. A power cut may take
+    # the last ones, never the file: publishers register again.
+    db.execute("PRAGMA synchronous = NORMAL")
+    # The log grows while somebody reads for long; afterwards it is cut back to this, in bytes.
+    db.execute("PRAGMA journal_size_limit = 16777216")
