@@ -1,0 +1,147 @@
+"""A broker on the network: sockets, barrier, app, and an end that always comes.
+
+The order of the end is the point (design.md, "What cancels what"): the broker drains while the listeners are still open, so
+that publishers can post the results of what is in flight on new connections; then Hypercorn stops; then every socket that
+is still open is closed, which frees whatever is stuck in a write.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import trio
+
+from .broker import Broker
+from .http import create_app
+from .http.barrier import BarrierSettings
+from .http.server import hypercorn_config, serve_app
+from .http.sockets import CannotBind, bind, format_url, is_loopback
+
+__all__ = ["CannotBind", "NotLoopback", "ServeConfig", "Stop", "serve"]
+
+logger = logging.getLogger("wakecall.server")
+
+#: After the drain everybody has been answered: what is still being written has this long to leave.
+_LAST_WRITES_S = 1.0
+
+
+class NotLoopback(ValueError):
+    """There are no keys yet, so whoever reaches the address may do everything: it has to be this machine alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Where and how to listen.
+
+    Args:
+        host: a loopback name or address.
+        port: 0 to 65535; 0: a free one.
+        keep_alive_s: seconds that a connection may be idle between requests.
+        head_s: seconds from the first byte of a request's head to its last.
+        max_connections: connections at a time; None: as many as there are descriptors for.
+
+    Raises:
+        NotLoopback: the host is reachable from other machines.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    keep_alive_s: float = 75.0
+    head_s: float = 60.0
+    max_connections: int | None = None
+
+    def __post_init__(self) -> None:
+        if not is_loopback(self.host):
+            raise NotLoopback(
+                f"refusing to listen on {self.host}: there are no API keys yet, so anybody who reaches the address could"
+                " use, replace and delete every model. Listen on 127.0.0.1, and put a reverse proxy or an SSH tunnel that"
+                " knows its callers in front."
+            )
+
+
+@dataclass(slots=True)
+class Stop:
+    """How a server is told to stop: `request` once, and it drains; once more, and it skips the grace."""
+
+    _asked: trio.Event = field(default_factory=trio.Event)
+    _at_once: trio.Event = field(default_factory=trio.Event)
+
+    def request(self) -> None:
+        (self._at_once if self._asked.is_set() else self._asked).set()
+
+    async def wait(self) -> None:
+        """Return once stopping has been asked for."""
+        await self._asked.wait()
+
+    async def wait_at_once(self) -> None:
+        """Return once it has been asked for twice."""
+        await self._at_once.wait()
+
+
+async def serve(
+    broker: Broker,
+    config: ServeConfig | None = None,
+    *,
+    stop: Stop | None = None,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve an open broker over HTTP until stopped or cancelled.
+
+    Stopped, it drains the broker (`Broker.drain`, with its config's grace), answers what is left, and returns; the broker
+    stays open, and takes nothing any more. Cancelled, it closes every connection at once.
+
+    Args:
+        broker: from `open_broker`.
+        config: where; the defaults when left out.
+        stop: how to stop it; None: only by cancelling.
+        task_status: started with the URLs that it listens on, once connections are accepted.
+
+    Raises:
+        CannotBind: the address is taken, or is not this machine's.
+    """
+    config = config or ServeConfig()
+    stop = stop or Stop()
+    stall_s = broker.config.peer_stall_s
+    listening = bind(config.host, config.port, peer_stall_s=stall_s)
+    settings = BarrierSettings(
+        peer_stall_s=stall_s,
+        keep_alive_s=config.keep_alive_s,
+        head_s=config.head_s,
+        max_connections=config.max_connections,
+        grace_s=_LAST_WRITES_S,
+    )
+
+    async def wait_drained() -> None:
+        await stop.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_skip_grace, stop, nursery.cancel_scope)
+            await broker.drain()
+            nursery.cancel_scope.cancel()
+        await broker.drain(0)  # what the second signal cut short
+
+    # Hypercorn hands back what it was given; the URLs are made here, for addresses that a client can use.
+    urls = [format_url(sock) for sock in listening]
+    await serve_app(
+        create_app(broker),
+        hypercorn_config(settings),
+        listening,
+        shutdown_trigger=wait_drained,
+        task_status=_Translated(task_status, urls),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Translated(trio.TaskStatus[list[str]]):
+    """A task status that starts with these URLs, whatever it is started with."""
+
+    status: trio.TaskStatus[list[str]]
+    urls: list[str]
+
+    def started(self, value: list[str] | None = None) -> None:
+        self.status.started(self.urls)
+
+
+async def _skip_grace(stop: Stop, grace: trio.CancelScope) -> None:
+    await stop.wait_at_once()
+    grace.cancel()
