@@ -1,0 +1,253 @@
+"""The engine: any server with OpenAI's API that this machine can reach."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+import msgspec
+import trio
+
+from wakecall.publisher.config import PublishedModel, PublisherConfig, name_for, shown
+from wakecall.publisher.errors import AmbiguousNames, EngineUnreachable, InvalidConfig
+
+_DECODABLE = frozenset({"", "identity", "gzip", "deflate"})
+
+
+class EngineFailed(Exception):
+    """The engine gave no answer, or broke off in the middle of one. The message is for the client."""
+
+
+class EngineRefused(EngineFailed):
+    """No connection to the engine: nothing was sent, so that asking again is safe."""
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _ModelList(msgspec.Struct):
+    data: list[_Model]
+
+
+def is_loopback(url: str) -> bool:
+    """Whether `url` names this machine by its loopback address."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def open_client(url: str, *, headers: dict[str, str], timeout: httpx2.Timeout, keep: int) -> httpx2.AsyncClient:
+    """An HTTP/1.1 client without a bound on its connections: each infer holds one for as long as it runs.
+
+    Arguments:
+        url: what it will talk to.
+        headers: sent with every request.
+        timeout: for what a request does not say itself.
+        keep: idle connections kept for the next request.
+    """
+    return httpx2.AsyncClient(
+        http1=True,
+        http2=False,
+        headers=headers,
+        timeout=timeout,
+        follow_redirects=False,
+        # A proxy from the environment has no business between two processes of one machine.
+        trust_env=not is_loopback(url),
+        # Idle connections go before a server's own idle timeout (often 5 s) can race with a request on them.
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=keep, keepalive_expiry=3.0),
+    )
+
+
+async def abandon(stream: AsyncIterator[bytes]) -> None:
+    """Stop reading a response's body before its end, closing its connection.
+
+    httpx2 nests generators and closes only the outermost. A cancellation at the innermost read unwinds them all.
+    """
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            while True:
+                await anext(stream)
+        except (StopAsyncIteration, httpx2.HTTPError, httpx2.StreamError):
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAnswer:
+    """The head of an engine's response, and its body as it arrives. `chunks` raises EngineFailed."""
+
+    status: int
+    content_type: str | None
+    chunks: AsyncIterator[bytes]
+
+
+class Engine:
+    """The engine's address and key over one HTTP client.
+
+    Arguments:
+        config: `engine_url`, `engine_key_env`, `health_path` and the times.
+        client: from `open_engine`.
+    """
+
+    def __init__(self, config: PublisherConfig, client: httpx2.AsyncClient) -> None:
+        self._base = config.engine_base
+        self._health_paths = [config.health_path] if config.health_path else ["/health", "/v1/models"]
+        self._health_timeout_s = config.health_timeout_s
+        self._client = client
+        self.where = shown(config.engine_base)
+
+    async def is_healthy(self) -> bool:
+        """Whether the engine answers its health question: `/health`, or `/v1/models` if there is no such path.
+
+        llama.cpp and vLLM have `/health` (503 while llama.cpp loads); Ollama has only the list of models.
+        """
+        for path in self._health_paths:
+            try:
+                with trio.fail_after(self._health_timeout_s):
+                    async with self._client.stream("GET", self._base + path) as response:
+                        status = response.status_code
+            except (httpx2.HTTPError, trio.TooSlowError):
+                return False
+            if 200 <= status < 300 or status in (401, 403):
+                # Refusing our key is an answer too: the engine is awake, and an infer will say what is wrong.
+                return True
+            if status not in (404, 405, 501):
+                return False
+        return False
+
+    async def list_models(self) -> list[str]:
+        """The engine's model ids, in its own order (OpenAI reference, "List models").
+
+        Raises:
+            EngineUnreachable: no usable answer.
+        """
+        url = self._base + "/v1/models"
+        try:
+            response = await self._client.get(url, timeout=httpx2.Timeout(30.0, connect=10.0))
+        except httpx2.HTTPError as error:
+            raise EngineUnreachable(
+                f"the engine at {self.where} does not answer ({describe(error)}); start it, or say which models to "
+                "publish by their names"
+            ) from error
+        if response.status_code != 200:
+            raise EngineUnreachable(f"the engine at {self.where} answers {response.status_code} to /v1/models")
+        try:
+            listed = msgspec.json.decode(response.content, type=_ModelList)
+        except msgspec.MsgspecError as error:
+            raise EngineUnreachable(f"the engine at {self.where} lists its models in no form that is known") from error
+        return [model.id for model in listed.data]
+
+    @asynccontextmanager
+    async def open_answer(self, path: str, headers: dict[str, str], body: bytes) -> AsyncIterator[EngineAnswer]:
+        """POST a body to the engine; leaving the block early closes the connection, which frees the engine's slot.
+
+        Arguments:
+            path: below the engine's address, such as `/v1/chat/completions`.
+            headers: the client's content type and accept.
+            body: what goes out, byte for byte.
+
+        Raises:
+            EngineRefused: no connection.
+            EngineFailed: the connection broke before the head of the answer, or the answer cannot be passed on.
+        """
+        try:
+            request = self._client.build_request("POST", self._base + path, content=body, headers=headers)
+            response = await self._client.send(request, stream=True)
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            raise EngineRefused(f"the engine does not accept connections ({describe(error)})") from error
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise EngineFailed(f"the engine gave no answer ({describe(error)})") from error
+        chunks = response.aiter_bytes()
+        try:
+            if response.headers.get("content-encoding", "").lower() not in _DECODABLE:
+                raise EngineFailed("the engine compresses its answer though it was asked not to")
+            yield EngineAnswer(
+                status=response.status_code,
+                content_type=response.headers.get("content-type"),
+                chunks=_Body(chunks),
+            )
+        finally:
+            await abandon(chunks)
+            await response.aclose()
+
+
+class _Body:
+    """The chunks of a response, transport errors told as the engine's. No generator, so that it can be left early."""
+
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self._chunks = chunks
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while True:
+            try:
+                chunk = await anext(self._chunks)
+            except (httpx2.HTTPError, httpx2.StreamError) as error:
+                raise EngineFailed(f"the engine broke off in the middle of its answer ({describe(error)})") from error
+            if chunk:
+                return chunk
+
+
+@asynccontextmanager
+async def open_engine(config: PublisherConfig) -> AsyncIterator[Engine]:
+    """The engine of a configuration, with a client of its own.
+
+    Raises:
+        InvalidConfig: the variable of its key is not set.
+    """
+    headers = {"accept-encoding": "identity"}
+    key = config.engine_key()
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
+    # No patience of our own with a slow model: the deadline of each infer bounds it.
+    timeout = httpx2.Timeout(None, connect=config.connect_s)
+    # A new connection for each request: one that was kept may be closed by the engine just then, and the infer on it
+    # could be neither repeated nor blamed on the engine.
+    async with open_client(config.engine_url, headers=headers, timeout=timeout, keep=0) as client:
+        yield Engine(config, client)
+
+
+async def discover_models(engine: Engine) -> tuple[PublishedModel, ...]:
+    """Every model that the engine lists, under a name that can be published.
+
+    Raises:
+        EngineUnreachable: the engine does not answer, or lists nothing.
+        AmbiguousNames: two models come to one name, or one to none.
+    """
+    models: dict[str, PublishedModel] = {}
+    for engine_id in dict.fromkeys(await engine.list_models()):
+        try:
+            name = name_for(engine_id)
+        except InvalidConfig as error:
+            raise AmbiguousNames(str(error)) from error
+        if name in models:
+            raise AmbiguousNames(
+                f"the engine's models {models[name].engine_id!r} and {engine_id!r} would both be called {name!r}: "
+                "publish them one by one, with names of your own"
+            )
+        models[name] = PublishedModel(name, engine_id)
+    if not models:
+        raise EngineUnreachable(f"the engine at {engine.where} lists no model")
+    return tuple(models.values())
+
+
+def describe(error: Exception) -> str:
+    """A transport error in a few words, without addresses that the client should not see."""
+    words: dict[type[Any], str] = {
+        httpx2.ConnectTimeout: "connecting timed out",
+        httpx2.ConnectError: "connection refused or host not found",
+        httpx2.TimeoutException: "timed out",
+        httpx2.RemoteProtocolError: "the connection ended too early",
+        httpx2.NetworkError: "the connection broke",
+    }
+    return next((text for kind, text in words.items() if isinstance(error, kind)), type(error).__name__)

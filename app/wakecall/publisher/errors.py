@@ -1,0 +1,53 @@
+"""What can end or refuse a publisher, each with a message for a person and the exit code a command line should give."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PublisherError(Exception):
+    """The publisher cannot start or cannot go on. `str(error)` is for a person; `exit_code` follows sysexits.h."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InvalidConfig(PublisherError):
+    """A setting is wrong, or two settings do not go together."""
+
+    exit_code = 78
+
+
+class StateLocked(PublisherError):
+    """Another publisher on this machine holds this session's state file."""
+
+    exit_code = 78
+
+
+class StateUnusable(PublisherError):
+    """The state file or its directory cannot be read or written."""
+
+    exit_code = 78
+
+
+class EngineUnreachable(PublisherError):
+    """The engine does not answer, and it is needed at once: to learn which models it has."""
+
+
+class AmbiguousNames(PublisherError):
+    """Two of the engine's models would be published under one name, or one under none."""
+
+    exit_code = 78
+
+
+class KeyRefused(PublisherError):
+    """The broker refuses the publisher's key (401 or 403)."""
+
+    exit_code = 78
+
+
+class NameTaken(PublisherError):
+    """A name or the session id belongs to somebody else (409 on register)."""
+
+
+class RegistrationRefused(PublisherError):
+    """The broker refuses to register the rows for another reason; trying again would not help."""
