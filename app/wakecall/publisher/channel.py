@@ -1,0 +1,33 @@
+"""What is known of one control channel."""
+
+from __future__ import annotations
+
+import trio
+
+from wakecall.publisher.sse import EventTooLarge
+from wakecall.publisher.wire import BrokerError
+
+_SILENT_KEEPALIVES = 3
+
+
+class Channel:
+    """When a channel will have been silent for too long, and how it ended.
+
+    Arguments:
+        keepalive_s: what to assume until `hello` says it.
+    """
+
+    def __init__(self, keepalive_s: float) -> None:
+        self.patience_s = _SILENT_KEEPALIVES * keepalive_s
+        self.silence = trio.CancelScope()
+        self.ended: str | None = None
+        self.error: BrokerError | EventTooLarge | None = None
+
+    def be_patient(self, keepalive_s: float) -> None:
+        """`hello` has said how often the broker makes itself heard."""
+        self.patience_s = _SILENT_KEEPALIVES * keepalive_s
+        self.heard()
+
+    def heard(self) -> None:
+        """Bytes have come: the wait for the next ones begins."""
+        self.silence.deadline = trio.current_time() + self.patience_s

@@ -1,0 +1,439 @@
+"""A scripted broker and a scripted engine: h11 on Trio sockets, so that a test decides about every byte and every cut."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h11
+import trio
+
+from wakecall.publisher import PublishedModel, PublisherConfig, PublisherEvent, StopReason, run_publisher
+
+PATIENCE_S = 10.0
+
+
+class Exchange:
+    """One request on one connection, and the response that the script gives it."""
+
+    def __init__(self, stream: trio.SocketStream, connection: h11.Connection, request: h11.Request) -> None:
+        self.stream = stream
+        self.connection = connection
+        self.method = request.method.decode()
+        self.path = request.target.decode()
+        self.headers = {name.decode(): value.decode() for name, value in request.headers}
+        self.body = bytearray()
+        self.whole = trio.Event()
+        self.broken = trio.Event()
+        self._grown = trio.Event()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    async def next_event(self) -> Any:
+        while (event := self.connection.next_event()) is h11.NEED_DATA:
+            self.connection.receive_data(await self.stream.receive_some(65536))
+        return event
+
+    async def read(self) -> bytes:
+        """The whole body; ConnectionError if the peer breaks off."""
+        while not self.whole.is_set():
+            await self.read_some()
+        return bytes(self.body)
+
+    async def read_some(self) -> None:
+        try:
+            event = await self.next_event()
+        except (h11.RemoteProtocolError, trio.BrokenResourceError) as error:
+            self.broken.set()
+            self._grown.set()
+            raise ConnectionError from error
+        if isinstance(event, h11.Data):
+            self.body += event.data
+        else:
+            self.whole.set()
+        self._grown.set()
+        self._grown = trio.Event()
+
+    async def wait_body(self, expected: bytes) -> None:
+        """Until exactly these bytes have come, in a task beside the one that reads."""
+        while bytes(self.body) != expected:
+            assert expected.startswith(bytes(self.body)), self.body
+            await self._grown.wait()
+
+    async def start(self, status: int, headers: dict[str, str] | None = None) -> None:
+        head = h11.Response(status_code=status, headers=list((headers or {}).items()))
+        await self.stream.send_all(self.connection.send(head) or b"")
+
+    async def send(self, data: bytes) -> None:
+        await self.stream.send_all(self.connection.send(h11.Data(data=data)) or b"")
+
+    async def finish(self) -> None:
+        await self.stream.send_all(self.connection.send(h11.EndOfMessage()) or b"")
+
+    async def respond(self, status: int, body: bytes = b"", content_type: str = "application/json") -> None:
+        await self.start(status, {"content-type": content_type, "content-length": str(len(body))})
+        if body:
+            await self.send(body)
+        await self.finish()
+
+    async def respond_json(self, status: int, value: Any) -> None:
+        await self.respond(status, json.dumps(value).encode())
+
+    async def refuse(self, status: int, code: str, message: str = "no") -> None:
+        await self.respond_json(status, {"error": {"message": message, "type": "x", "param": None, "code": code}})
+
+    def reset(self) -> None:
+        """Cut with a RST, as the kernel of a killed process with unread bytes does."""
+        self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.stream.socket.close()
+
+    async def wait_peer_gone(self) -> None:
+        """Read until the peer's FIN or RST, then set `broken`."""
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while await self.stream.receive_some(65536):
+                pass
+        self.broken.set()
+
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+@dataclass
+class Peer:
+    """A server on port 0 that hands each request to a handler."""
+
+    handler: Handler
+    port: int = 0
+    connections: int = 0
+    _listeners: list[trio.SocketListener] = field(default_factory=list)
+    _streams: set[trio.SocketStream] = field(default_factory=set)
+    _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        self._listeners = await trio.open_tcp_listeners(self.port, host="127.0.0.1")
+        self.port = self._listeners[0].socket.getsockname()[1]
+        with self._scope:
+            await trio.serve_listeners(self._serve, self._listeners, task_status=_Started(task_status))
+
+    def stop(self) -> None:
+        """As `kill -9` would: listener and all connections closed at once."""
+        self._scope.cancel()
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        self.connections += 1
+        connection = h11.Connection(h11.SERVER)
+        async with stream:
+            try:
+                while True:
+                    while (event := connection.next_event()) is h11.NEED_DATA:
+                        connection.receive_data(await stream.receive_some(65536))
+                    if not isinstance(event, h11.Request):
+                        return
+                    await self.handler(Exchange(stream, connection, event))
+                    if connection.states != {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE}:
+                        return
+                    connection.start_next_cycle()
+            except (ConnectionError, h11.ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError):
+                return
+
+
+class _Started:
+    def __init__(self, task_status: trio.TaskStatus[None]) -> None:
+        self._task_status = task_status
+
+    def started(self, value: object = None) -> None:
+        self._task_status.started()
+
+
+class Channel:
+    """The broker's end of one control channel."""
+
+    def __init__(self, exchange: Exchange, epoch: int) -> None:
+        self.exchange = exchange
+        self.epoch = epoch
+        self.over = trio.Event()
+        self._sequence = 0
+
+    async def send(self, event: str, **data: Any) -> None:
+        self._sequence += 1
+        text = f"id: {self.epoch}-{self._sequence}\nevent: {event}\ndata: {json.dumps(data)}\n\n"
+        await self.exchange.send(text.encode())
+
+    async def infer(self, task_id: str, body: str | None = '{"model":"m","n":1.0}', **data: Any) -> None:
+        frame = {
+            "task_id": task_id,
+            "llm": "m",
+            "model": "m",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "headers": {"content-type": "application/json", "accept": "text/event-stream"},
+            "stream": True,
+            "deadline_s": 60,
+            **data,
+        }
+        if body is not None:
+            frame["body"] = body
+        await self.send("infer", **frame)
+
+    async def wake(self, task_id: str, deadline_s: float = 30) -> None:
+        await self.send("wake", task_id=task_id, llm="m", model="m", deadline_s=deadline_s)
+
+    async def bye(self, reason: str) -> None:
+        await self.send("bye", reason=reason)
+        await self.exchange.finish()
+        self.over.set()
+
+    def cut(self) -> None:
+        self.exchange.reset()
+        self.over.set()
+
+
+class Broker:
+    """The publisher's side of the protocol, by the script: `on[...]` replaces what it does by default.
+
+    Keys of `on`: register, frames, heartbeat, goodbye, body, result, chunks, failure.
+    """
+
+    def __init__(self) -> None:
+        self.peer = Peer(self._handle)
+        self.on: dict[str, Handler] = {}
+        self.seen: list[tuple[str, Exchange]] = []
+        self.registered = False
+        self.heartbeat_interval_s = 30.0
+        self.keepalive_s = 15.0
+        self.bodies: dict[str, bytes] = {}
+        self.drop: list[str] = []
+        self._epoch = 0
+        self._channels_in, self._channels = trio.open_memory_channel[Channel](math.inf)
+        self._changed = trio.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.peer.port}"
+
+    async def next_channel(self) -> Channel:
+        with trio.fail_after(PATIENCE_S):
+            return await self._channels.receive()
+
+    def all(self, kind: str, task_id: str | None = None) -> list[Exchange]:
+        return [
+            one for name, one in self.seen if name == kind and (task_id is None or f"/tasks/{task_id}/" in one.path)
+        ]
+
+    async def wait(self, kind: str, task_id: str | None = None, count: int = 1) -> Exchange:
+        """The count-th request of a kind, as soon as its head is here."""
+        with trio.fail_after(PATIENCE_S):
+            while len(found := self.all(kind, task_id)) < count:
+                await self._changed.wait()
+        return found[count - 1]
+
+    async def wait_whole(self, kind: str, task_id: str | None = None, count: int = 1) -> Exchange:
+        """The same, with its body."""
+        exchange = await self.wait(kind, task_id, count)
+        with trio.fail_after(PATIENCE_S):
+            await exchange.whole.wait()
+        return exchange
+
+    async def _handle(self, exchange: Exchange) -> None:
+        kind = _kind(exchange)
+        self.seen.append((kind, exchange))
+        self._changed.set()
+        self._changed = trio.Event()
+        handler = self.on.get(kind) or getattr(self, f"_{kind}")
+        await handler(exchange)
+
+    async def _register(self, exchange: Exchange) -> None:
+        await exchange.read()
+        self.registered = True
+        rows = [
+            {"name": row["name"], "status": row.get("status", "active"), "outcome": "created"}
+            for row in exchange.json["llms"]
+        ]
+        await exchange.respond_json(
+            200,
+            {
+                "session_id": exchange.path.rpartition("/")[2],
+                "heartbeat_interval_s": self.heartbeat_interval_s,
+                "llms": rows,
+            },
+        )
+
+    async def _frames(self, exchange: Exchange) -> None:
+        await exchange.read()
+        if not self.registered:
+            await exchange.refuse(404, "session_not_found")
+            return
+        self._epoch += 1
+        channel = Channel(exchange, self._epoch)
+        await exchange.start(200, {"content-type": "text/event-stream"})
+        await channel.send(
+            "hello",
+            session_id="s",
+            epoch=self._epoch,
+            heartbeat_interval_s=self.heartbeat_interval_s,
+            keepalive_s=self.keepalive_s,
+            features=[],
+        )
+        self._channels_in.send_nowait(channel)
+        await channel.over.wait()
+
+    async def _heartbeat(self, exchange: Exchange) -> None:
+        await exchange.read()
+        if not self.registered:
+            await exchange.refuse(404, "session_not_found")
+            return
+        await exchange.respond_json(200, {"llms": {}, "drop": self.drop})
+
+    async def _goodbye(self, exchange: Exchange) -> None:
+        await exchange.read()
+        self.registered = False
+        await exchange.start(204)
+        await exchange.finish()
+
+    async def _body(self, exchange: Exchange) -> None:
+        await exchange.read()
+        await exchange.respond(200, self.bodies[exchange.path.split("/")[-2]])
+
+    async def _settle(self, exchange: Exchange) -> None:
+        await exchange.read()
+        await exchange.respond_json(200, {"outcome": "completed"})
+
+    _result = _chunks = _failure = _settle
+
+
+def _kind(exchange: Exchange) -> str:
+    last = exchange.path.rpartition("/")[2]
+    if "/tasks/" in exchange.path:
+        return last
+    return {"GET": "frames", "POST": "heartbeat", "PUT": "register", "DELETE": "goodbye"}[exchange.method]
+
+
+class Engine:
+    """An engine by the script: `on_infer` answers POSTs; requests come in order through `next`."""
+
+    def __init__(self) -> None:
+        self.peer = Peer(self._handle)
+        self.healthy = True
+        self.models = ["m"]
+        self.on_infer: Handler | None = None
+        self.on_get: Handler | None = None
+        self.health_questions = 0
+        self._in, self._out = trio.open_memory_channel[Exchange](math.inf)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.peer.port}/v1"
+
+    async def next(self) -> Exchange:
+        with trio.fail_after(PATIENCE_S):
+            return await self._out.receive()
+
+    async def _handle(self, exchange: Exchange) -> None:
+        await exchange.read()
+        if exchange.method == "GET" and self.on_get is not None:
+            await self.on_get(exchange)
+        elif exchange.path == "/health":
+            self.health_questions += 1
+            await exchange.respond_json(200 if self.healthy else 503, {})
+        elif exchange.path == "/v1/models":
+            await exchange.respond_json(200, {"object": "list", "data": [{"id": name} for name in self.models]})
+        else:
+            self._in.send_nowait(exchange)
+            if self.on_infer is not None:
+                await self.on_infer(exchange)
+            else:
+                # The test answers; the peer's leaving is what ends the connection then.
+                await exchange.wait_peer_gone()
+
+
+def closed_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Publisher:
+    """A running agent and what it has told."""
+
+    def __init__(self) -> None:
+        self.events: list[PublisherEvent] = []
+        self.stop = trio.Event()
+        self.ended = trio.Event()
+        self.reason: StopReason | None = None
+        self.scope = trio.CancelScope()
+        self._changed = trio.Event()
+
+    def emit(self, event: PublisherEvent) -> None:
+        self.events.append(event)
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def all(self, kind: type) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    async def wait(self, kind: type, count: int = 1) -> Any:
+        with trio.fail_after(PATIENCE_S):
+            while len(found := self.all(kind)) < count:
+                await self._changed.wait()
+        return found[count - 1]
+
+    async def wait_ended(self) -> StopReason | None:
+        with trio.fail_after(PATIENCE_S):
+            await self.ended.wait()
+        return self.reason
+
+    async def run(self, config: PublisherConfig) -> None:
+        with self.scope:
+            self.reason = await run_publisher(config, on_event=self.emit, stop=self.stop)
+        self.ended.set()
+
+
+class Stage:
+    """Broker, engine and a configuration that fits them; times are small, so that a test need not wait."""
+
+    def __init__(self, nursery: trio.Nursery, directory: Path) -> None:
+        self.nursery = nursery
+        self.directory = directory
+        self.broker = Broker()
+        self.engine = Engine()
+
+    def config(self, **settings: Any) -> PublisherConfig:
+        defaults: dict[str, Any] = {
+            "broker_url": self.broker.url,
+            "engine_url": self.engine.url,
+            "models": (PublishedModel("m"),),
+            "state_dir": self.directory,
+            "backoff_base_s": 0.02,
+            "backoff_cap_s": 0.1,
+            "health_interval_s": 0.01,
+            "terminate_grace_s": 5.0,
+        }
+        return PublisherConfig(**{**defaults, **settings})
+
+    async def publish(self, **settings: Any) -> tuple[Publisher, Channel]:
+        """Start an agent and wait for its channel."""
+        publisher = Publisher()
+        self.nursery.start_soon(publisher.run, self.config(**settings))
+        return publisher, await self.broker.next_channel()
+
+
+@asynccontextmanager
+async def open_stage(directory: Path) -> AsyncIterator[Stage]:
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            stage = Stage(nursery, directory)
+            await nursery.start(stage.broker.peer.run)
+            await nursery.start(stage.engine.peer.run)
+            yield stage
+            nursery.cancel_scope.cancel()
