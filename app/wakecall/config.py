@@ -67,5 +67,6 @@ class BrokerConfig:
             value = getattr(self, each.name)
             kinds, what = ((int,), "whole number") if isinstance(each.default, int) else ((int, float), "number")
             # A bool is an int to Python, and a slip here.
-            if isinstance(value, bool) or not (isinstance(value, kinds) and math.isfinite(value) and value > 0):
+            good = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < math.inf
+            if not good or (value == 0 and each.name != "grace_s"):
                 raise ValueError(f"{each.name} must be a positive {what}, not {value!r}")

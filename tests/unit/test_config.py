@@ -60,7 +60,12 @@ def test_every_setting_says_what_it_is_for() -> None:
         assert each.name.endswith("_s") is (each.metadata["unit"] == "s")
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_no_grace_is_a_grace() -> None:
+    """`serve --grace 0` stops at once; no other time or bound means anything at 0."""
+    assert BrokerConfig(grace_s=0).grace_s == 0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "grace_s"])
 @pytest.mark.parametrize("value", [0, 0.0, -0.0, -1, -0.5, float("nan"), float("inf"), float("-inf"), True, "90", None])
 def test_what_is_no_positive_number_is_refused(name: str, value: Any) -> None:
     """By name and value: it may have come from the environment."""
