@@ -1,0 +1,81 @@
+"""Answers, as light as Quart lets them be, and what a streamed one has to be able to do."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import msgspec
+from quart.wrappers.response import ResponseBody
+from quart_trio.wrappers import TrioResponse
+
+from ..errors import WakecallError
+from .errors import error_document, error_headers
+
+__all__ = ["Answer", "StreamBody", "error_answer", "json_answer", "no_content", "stream_answer"]
+
+_JSON = "application/json"
+
+
+class Answer(TrioResponse):
+    """Quart's response without its guess that everything is HTML."""
+
+    default_mimetype = None  # type: ignore[assignment]
+
+
+class StreamBody(ResponseBody):
+    """A body that comes piece by piece, and holds something until it ends: `aclose` lets go of that.
+
+    Quart enters it after the head has gone out. The app's connection calls `aclose` in any case, also if a peer that left
+    at the wrong moment meant that it was never entered.
+    """
+
+    async def __aenter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    @abstractmethod
+    async def __anext__(self) -> bytes:
+        """The next piece, never empty."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Let go. Idempotent; must not block."""
+
+
+def json_answer(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    """`value` as JSON."""
+    return Answer(msgspec.json.encode(value), status, _plain(headers), content_type=_JSON)
+
+
+def no_content() -> Answer:
+    """204: it is done, and there is nothing to say."""
+    answer = Answer(b"", 204)
+    del answer.headers["Content-Length"]
+    return answer
+
+
+def error_answer(error: WakecallError, path: str, headers: Mapping[str, str] | None = None) -> Answer:
+    """The answer to a request at `path` that ended in `error`."""
+    return json_answer(error_document(error, path), error.status, {**(headers or {}), **error_headers(error)})
+
+
+def stream_answer(
+    body: StreamBody, content_type: str, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Answer:
+    """An answer that is forwarded as it comes: no cache keeps it, no proxy collects it, and Quart does not cut it."""
+    answer = Answer(body, status, _plain(headers), content_type=content_type)
+    answer.headers["Cache-Control"] = "no-store"
+    answer.headers["X-Accel-Buffering"] = "no"
+    answer.timeout = None
+    return answer
+
+
+def _plain(headers: Mapping[str, str] | None) -> dict[str, Any]:
+    return dict(headers) if headers else {}

@@ -1,0 +1,71 @@
+"""What every route begins with: who calls, and what his body says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from quart import Request, request
+
+from ..errors import Forbidden, InvalidRequest, UnsupportedEncoding
+from .auth import Role, authenticate
+from .guard import Exchange, current_exchange_of
+from .parsing import decode
+
+__all__ = ["Call", "begin", "one_header", "read_json", "refuse_encoded"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to a route.
+
+    Args:
+        request: Quart's.
+        exchange: its body and its end.
+        owner: whose sessions, names and tasks it may speak of.
+    """
+
+    request: Request
+    exchange: Exchange
+    owner: str
+
+
+def begin(role: Role) -> Call:
+    """The request that is being handled, its caller known and allowed here.
+
+    Raises:
+        InvalidApiKey, Forbidden: he is not.
+    """
+    current: Request = request._get_current_object()  # type: ignore[attr-defined]  # the proxy costs at each access
+    principal = authenticate(current)
+    if role not in principal.roles:
+        raise Forbidden
+    scope: Any = current.scope
+    return Call(current, current_exchange_of(scope), principal.owner)
+
+
+def one_header(call: Call, name: str) -> str | None:
+    """A header that stands at most once. Raises InvalidRequest: it does not."""
+    values = call.request.headers.getlist(name)
+    if len(values) > 1:
+        raise InvalidRequest("This header stands at most once.", param=name)
+    return values[0] if values else None
+
+
+def refuse_encoded(call: Call) -> None:
+    """Bodies are taken as they are. Raises UnsupportedEncoding."""
+    encoding = call.request.headers.get("content-encoding")
+    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
+        raise UnsupportedEncoding
+
+
+async def read_json(call: Call, type: type[T], max_bytes: int) -> T:
+    """The body of a publisher's or an operator's request. Raises as `Exchange.read_body` and `parsing.decode`."""
+    refuse_encoded(call)
+    body = await call.exchange.read_body(max_bytes)
+    try:
+        return decode(body, type)
+    finally:
+        call.exchange.release_body()

@@ -1,0 +1,101 @@
+"""`/v1`: what inference clients call."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import trio
+from quart import Quart
+
+from ..broker import Broker
+from ..models import LLM, InferRequest
+from ..task import Infer
+from .answers import Answer, StreamBody, json_answer
+from .calls import Call, begin, refuse_encoded
+from .relay import pass_on, start_waiting
+from .sniff import sniff
+
+__all__ = ["RELAYED", "add_client_routes"]
+
+#: All that is ever relayed.
+RELAYED: Final = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/rerank",
+    "/v1/moderations",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+    "/v1/audio/speech",
+    "/v1/images/generations",
+    "/v1/images/edits",
+)
+
+
+def add_client_routes(app: Quart, broker: Broker) -> None:
+    """Put the routes of inference clients into `app`."""
+    config = broker.config
+
+    async def relay() -> Answer:
+        call = begin("client")
+        refuse_encoded(call)
+        body = await call.exchange.read_body(config.max_body_bytes)
+        headers = call.request.headers
+        content_type = headers.get("content-type") or "application/json"
+        asked = sniff(body, content_type)
+        path = call.request.path
+        infer = broker.infer_nowait(
+            asked.model,
+            InferRequest(
+                path=path,
+                body=body,
+                content_type=content_type,
+                accept=headers.get("accept"),
+                stream=asked.stream,
+                request_id=call.exchange.request_id,
+            ),
+        )
+        # From here on this infer has to be cancelled by whoever holds it: first us, then the answer's body.
+        call.exchange.on_disconnect(infer.cancel)
+        answer = None
+        try:
+            answer = await _answer(infer, call, path, asked.stream)
+        finally:
+            if answer is None or not isinstance(answer.response, StreamBody):
+                infer.cancel()
+        return answer
+
+    async def _answer(infer: Infer, call: Call, path: str, wants_stream: bool) -> Answer:
+        if wants_stream:
+            with trio.move_on_after(config.waiting_s) as patience:
+                reply = await infer.wait_head()
+            if patience.cancelled_caught:
+                return start_waiting(infer, call.exchange, path, config)
+        else:
+            reply = await infer.wait_head()
+        return await pass_on(infer, reply, call.exchange, path, config)
+
+    async def list_models() -> Answer:
+        begin("client")
+        return json_answer({"object": "list", "data": [_describe(llm) for llm in broker.llms()]})
+
+    async def get_model(name: str) -> Answer:
+        begin("client")
+        return json_answer(_describe(broker.llm(name)))
+
+    for path in RELAYED:
+        app.add_url_rule(path, "relay", relay, methods=["POST"])
+    app.add_url_rule("/v1/models", "list_models", list_models)
+    app.add_url_rule("/v1/models/<path:name>", "get_model", get_model)
+
+
+def _describe(llm: LLM) -> dict[str, Any]:
+    return {
+        "id": llm.name,
+        "object": "model",
+        "created": int(llm.created_at),
+        "owned_by": llm.owner,
+        "wakecall": {"status": llm.status, "kind": llm.kind, "type": llm.type},
+    }

@@ -1,0 +1,269 @@
+"""An infer's answer on its way to its client: held until it is whole, or forwarded as it comes.
+
+Which of the two is a question of its type (`Passage`). A held answer can still turn into a clean error. Of a forwarded one
+the head is out, so a failure can only be told inside: in a stream of events as one event at a boundary, and then, as in any
+other body, by an end that is missing. `exchange.cut` makes it so: an end that looked clean would be taken for success.
+
+A client that asked for a stream and hears nothing for `waiting_s` gets its head then (`EventsBody` without a reply), and
+from there on whatever would have been an answer of another kind is told by such an event.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, Literal
+
+import msgspec
+import trio
+
+from ..config import BrokerConfig
+from ..errors import PublisherError, WakecallError
+from ..task import Infer, Reply
+from .answers import Answer, StreamBody, stream_answer
+from .errors import describe, engine_retry_headers, error_event, type_of_status
+from .guard import Exchange
+from .sse import EventTail
+
+__all__ = ["EventsBody", "RawBody", "pass_on", "passage_of", "safe_content_type", "start_waiting"]
+
+Passage = Literal["held", "events", "raw"]
+
+EVENTS: Final = "text/event-stream"
+_OPAQUE: Final = "application/octet-stream"
+_NDJSON: Final = frozenset(
+    {"application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"}
+)
+_MEDIA: Final = frozenset({"audio", "image", "video"})
+_TYPE: Final = re.compile(r"([a-z0-9!#$&^_.+-]{1,64})/([a-z0-9!#$&^_.+-]{1,64})")
+_PARAMETERS: Final = re.compile(r'(?:;[ \t]*[A-Za-z0-9_-]+=(?:[A-Za-z0-9_.:+/-]+|"[A-Za-z0-9_.:+/ -]*"))*')
+
+_WAITING: Final = b": waiting\n\n"
+_PING: Final = b'event: ping\ndata: {"type": "ping"}\n\n'
+_SEQUENCE_NUMBER: Final = re.compile(rb'"sequence_number"\s*:\s*(\d{1,15})')
+_MAX_MESSAGE_CHARS: Final = 1024
+
+
+def safe_content_type(content_type: str | None) -> str:
+    """A publisher's content type, as it may stand in an answer of ours.
+
+    What is neither JSON, event stream, NDJSON, plain text, audio, image nor video is `application/octet-stream`, so that
+    no browser makes a page or a script of it; parameters that are not plain ASCII are left out.
+    """
+    media_type, semicolon, rest = (content_type or "").partition(";")
+    media_type = media_type.strip().lower()
+    found = _TYPE.fullmatch(media_type)
+    if found is None:
+        return _OPAQUE
+    if not (
+        _is_json(media_type) or media_type in _NDJSON or media_type in (EVENTS, "text/plain") or found[1] in _MEDIA
+    ):
+        return _OPAQUE
+    parameters = (semicolon + rest).rstrip()
+    return media_type + parameters if _PARAMETERS.fullmatch(parameters) else media_type
+
+
+def passage_of(content_type: str | None) -> Passage:
+    """How an answer of this type travels."""
+    media_type = (content_type or "").partition(";")[0].strip().lower()
+    if media_type == EVENTS:
+        return "events"
+    if media_type not in _NDJSON and (_is_json(media_type) or media_type.startswith("text/")):
+        return "held"
+    return "raw"
+
+
+def _is_json(media_type: str) -> bool:
+    return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
+
+
+async def pass_on(infer: Infer, reply: Reply, exchange: Exchange, path: str, config: BrokerConfig) -> Answer:
+    """The answer to a client whose head has not gone out.
+
+    Raises:
+        WakecallError: the infer ended badly while its answer was held: a clean error can be given.
+    """
+    content_type = reply.headers.get("content-type")
+    passage = passage_of(content_type)
+    headers = engine_retry_headers(reply.status, reply.headers.get("retry-after"))
+    if reply.status in (204, 205, 304):
+        # These have no body, whatever was uploaded; its end is still what counts.
+        while await reply.receive():
+            pass
+        answer = Answer(b"", reply.status, headers)
+        if reply.status != 205:
+            answer.headers.pop("Content-Length", None)
+        return answer
+    safe_type = safe_content_type(content_type)
+    if passage == "events":
+        return stream_answer(EventsBody(infer, reply, exchange, path, config), safe_type, reply.status, headers)
+    held = b""
+    if passage == "held":
+        held, whole = await _hold(reply, config.max_plain_bytes)
+        if whole:
+            return Answer(held, reply.status, headers, content_type=safe_type)
+    return stream_answer(RawBody(infer, reply, exchange, held), safe_type, reply.status, headers)
+
+
+def start_waiting(infer: Infer, exchange: Exchange, path: str, config: BrokerConfig) -> Answer:
+    """The answer to a client that asked for a stream and has heard nothing for `waiting_s`: its head, and comments."""
+    return stream_answer(EventsBody(infer, None, exchange, path, config), EVENTS)
+
+
+async def _hold(reply: Reply, limit: int) -> tuple[bytes, bool]:
+    """An answer's bytes, and whether that is all of them: beyond `limit` no more are held."""
+    pieces: list[bytes] = []
+    size = 0
+    while size <= limit:
+        piece = await reply.receive()
+        if not piece:
+            return b"".join(pieces), True
+        pieces.append(piece)
+        size += len(piece)
+    return b"".join(pieces), False
+
+
+class RawBody(StreamBody):
+    """Bytes as they come; a failure is a cut.
+
+    Args:
+        infer: whose answer; it is cancelled when the client leaves early.
+        reply: its answer.
+        exchange: the client's.
+        held: what has been taken of the reply already.
+    """
+
+    def __init__(self, infer: Infer, reply: Reply, exchange: Exchange, held: bytes) -> None:
+        self._infer = infer
+        self._reply = reply
+        self._exchange = exchange
+        self._held = held
+
+    async def __anext__(self) -> bytes:
+        held, self._held = self._held, b""
+        if held:
+            return held
+        try:
+            data = await self._reply.receive()
+        except WakecallError:
+            self._exchange.cut()
+            data = b""
+        if not data:
+            raise StopAsyncIteration
+        return data
+
+    async def aclose(self) -> None:
+        self._infer.cancel()
+
+
+class EventsBody(StreamBody):
+    """A stream of events. It is `waiting` for its reply, then `forwarding` it, and `over` at one of three ends:
+
+    1. The reply's own: clean.
+    2. A failure at an event's boundary: one `error` event, then the cut.
+    3. A failure elsewhere: the cut.
+
+    Args:
+        infer: whose answer; it is cancelled when the client leaves early.
+        reply: its answer; None: not there yet.
+        exchange: the client's.
+        path: the client's: APIs differ in what a comment and an error look like.
+        config: times and bounds.
+    """
+
+    def __init__(self, infer: Infer, reply: Reply | None, exchange: Exchange, path: str, config: BrokerConfig) -> None:
+        self._infer = infer
+        self._reply = reply
+        self._exchange = exchange
+        self._path = path
+        self._config = config
+        self._tail = EventTail(config.max_event_tail_bytes)
+        self._comment = _PING if path == "/v1/messages" else _WAITING
+        self._is_due = reply is None  # a comment, at once: it is what the head goes out for
+        self._is_over = False
+        self._numbered = path == "/v1/responses"
+        self._last_number = -1
+
+    async def __anext__(self) -> bytes:
+        if self._is_over:
+            # 2: the event is written; now the end goes missing.
+            self._exchange.cut()
+            raise StopAsyncIteration
+        try:
+            if self._reply is None:
+                reply = await self._wait()
+                if reply is None:
+                    return self._comment
+                self._reply = reply
+                if (failure := await self._judge(reply)) is not None:
+                    return self._end_with(failure)
+            return await self._forward(self._reply)
+        except WakecallError as error:
+            return self._end_with(describe(error))
+
+    async def aclose(self) -> None:
+        self._infer.cancel()
+
+    async def _wait(self) -> Reply | None:
+        """The reply; None when it is time for a comment."""
+        if self._is_due:
+            self._is_due = False
+            return None
+        with trio.move_on_after(self._config.waiting_s):
+            return await self._infer.wait_head()
+        return None
+
+    async def _judge(self, reply: Reply) -> dict[str, Any] | None:
+        """What is wrong with an answer that came too late to have a head of its own; None: it is a stream, and good."""
+        if not 200 <= reply.status <= 299:
+            text, _ = await _hold(reply, self._config.max_plain_bytes)
+            return {
+                "message": _message_in(text) or f"The engine answered with status {reply.status}.",
+                "type": type_of_status(reply.status),
+                "param": None,
+                "code": f"upstream_{reply.status}",
+            }
+        if passage_of(reply.headers.get("content-type")) != "events":
+            return describe(PublisherError("The engine's answer is not the stream that was asked for."))
+        return None
+
+    async def _forward(self, reply: Reply) -> bytes:
+        while data := await reply.receive():
+            if ready := self._tail.feed(data):
+                self._note_number(ready)
+                return ready
+        # 1
+        rest, self._tail = self._tail.rest(), EventTail(0)
+        if not rest:
+            raise StopAsyncIteration
+        return rest
+
+    def _end_with(self, failure: dict[str, Any]) -> bytes:
+        self._infer.cancel()
+        if not self._tail.at_boundary:
+            # 3
+            self._exchange.cut()
+            raise StopAsyncIteration
+        self._is_over = True
+        return error_event(failure, self._path, self._last_number + 1)
+
+    def _note_number(self, ready: bytes) -> None:
+        """Remember how far a stream of the Responses API has come: its clients expect numbers that grow."""
+        if self._numbered and (at := ready.rfind(b'"sequence_number"')) >= 0:
+            found = _SEQUENCE_NUMBER.match(ready, at)
+            if found is not None:
+                self._last_number = int(found[1])
+
+
+def _message_in(text: bytes) -> str:
+    """What an engine's error says to people: OpenAI's shape, the common others, or the text itself."""
+    try:
+        document = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return text[: 4 * _MAX_MESSAGE_CHARS].decode(errors="replace").strip()[:_MAX_MESSAGE_CHARS]
+    for _ in range(2):
+        if not isinstance(document, dict):
+            break
+        document = next((document[key] for key in ("error", "message", "detail") if key in document), "")
+    if not isinstance(document, str):
+        document = msgspec.json.encode(document).decode(errors="replace")
+    return document[:_MAX_MESSAGE_CHARS]

@@ -1,0 +1,224 @@
+"""What a client's body says of `model` and `stream`, and nothing else.
+
+The body goes on byte for byte, so it is looked into, never rebuilt. JSON: msgspec walks it once, skipping every value, and
+hands each top-level key to a hook of ours, repeated ones too. Multipart (RFC 7578): the parts' headers are found between
+their delimiters, and only the two fields are read. Since an engine's parser reads the body again, whatever two parsers
+might read differently is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from ..errors import AmbiguousModel, InvalidRequest, ModelRequired, TooMany
+from .parsing import check_bounds, json_error
+
+__all__ = ["Asked", "sniff"]
+
+_SMALL_BYTES: Final = 1 << 20
+_MAX_MEMBERS: Final = 10_000
+_MAX_PARTS: Final = 1_000
+_MAX_PART_HEAD_BYTES: Final = 8 * 1024
+_MAX_FIELD_BYTES: Final = 1024
+
+_LOOKED_FOR: Final = ("model", "stream")
+_TRUE: Final = frozenset({"true", "1", "t", "yes", "y", "on"})
+_FALSE: Final = frozenset({"false", "0", "f", "no", "n", "off", ""})
+
+_BOUNDARY: Final = re.compile(r""";\s*boundary\s*=\s*(?:"([^"\\]{1,70})"|([^\s;",]{1,70}))\s*(?=;|$)""", re.IGNORECASE)
+_PARAMETER: Final = re.compile(r""";\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]*)\s*(?=;|$)""")
+
+
+class Asked(NamedTuple):
+    """The name that a client calls, and whether it wants a stream."""
+
+    model: str
+    stream: bool
+
+
+def sniff(body: bytes, content_type: str) -> Asked:
+    """Find `model` and `stream`.
+
+    Args:
+        body: the client's, whole.
+        content_type: `multipart/form-data` is read as such; anything else as JSON, as engines do.
+
+    Raises:
+        InvalidJson: not well-formed.
+        InvalidRequest: not an object; a multipart body that does not hold together; a value of the wrong type.
+        ModelRequired: no `model`.
+        AmbiguousModel: `model` or `stream` twice, or beside a key that differs from it in case alone.
+        TooMany: more members or parts than anything sensible has.
+    """
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
+        return _sniff_multipart(body, content_type)
+    return _sniff_json(body)
+
+
+# JSON ---------------------------------------------------------------------------------------------------------------
+
+
+class _Key:
+    """A top-level key as it was met. No two are equal, so that a dict keeps them all."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _make_key(_: type, text: Any) -> _Key:
+    return _Key(text)
+
+
+def _count_keys() -> Callable[[type, Any], _Key]:
+    met = 0
+
+    def make(_: type, text: Any) -> _Key:
+        nonlocal met
+        met += 1
+        if met > _MAX_MEMBERS:
+            raise TooMany(f"The body has more than {_MAX_MEMBERS} members.")
+        return _Key(text)
+
+    return make
+
+
+_members: Final = msgspec.json.Decoder(dict[_Key, msgspec.Raw], dec_hook=_make_key)
+_text: Final = msgspec.json.Decoder(str)
+_flag: Final = msgspec.json.Decoder(bool | None)
+
+
+def _sniff_json(body: bytes) -> Asked:
+    try:
+        if len(body) <= _SMALL_BYTES:
+            members = _members.decode(body)
+        else:
+            # Each member costs memory, and so many more fit in here.
+            members = msgspec.json.decode(body, type=dict[_Key, msgspec.Raw], dec_hook=_count_keys())
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise json_error(error) from None
+    check_bounds(body)
+    found: dict[str, msgspec.Raw] = {}
+    for key, value in members.items():
+        _note(found, key.text, value)
+    if "model" not in found or bytes(found["model"]) == b"null":
+        raise ModelRequired(param="model")
+    return Asked(_decoded(_text, found["model"], "model"), bool(_decoded(_flag, found.get("stream"), "stream")))
+
+
+def _note(found: dict[str, Any], key: str, value: Any) -> None:
+    """Keep what is looked for; refuse what might be taken for it by somebody else."""
+    if len(key) > 16:
+        return
+    folded = key.casefold()
+    if folded in _LOOKED_FOR:
+        if folded in found or key != folded:
+            raise AmbiguousModel(param=folded)
+        found[key] = value
+
+
+def _decoded(decoder: msgspec.json.Decoder[Any], value: msgspec.Raw | None, param: str) -> Any:
+    if value is None:
+        return None
+    try:
+        return decoder.decode(value)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"{error}.", param=param) from None
+
+
+# Multipart ----------------------------------------------------------------------------------------------------------
+
+
+def _sniff_multipart(body: bytes, content_type: str) -> Asked:
+    boundaries = _BOUNDARY.findall(content_type)
+    if len(boundaries) != 1:
+        raise InvalidRequest("The Content-Type of a multipart body names one boundary.", param="Content-Type")
+    try:
+        delimiter = b"--" + "".join(boundaries[0]).encode("ascii")
+    except UnicodeEncodeError:
+        raise InvalidRequest("A multipart body's boundary is ASCII.", param="Content-Type") from None
+    found: dict[str, str | None] = {}
+    position = _find_delimiter(body, delimiter, 0)
+    for _ in range(_MAX_PARTS):
+        start = _end_of_line(body, position + len(delimiter))
+        if start is None:
+            break
+        end = _find_delimiter(body, delimiter, start)
+        _read_part(body, start, end, found)
+        position = end + 2  # its line break belongs to the delimiter
+    else:
+        raise TooMany(f"The body has more than {_MAX_PARTS} parts.")
+    model = found.get("model")
+    if model is None:
+        raise ModelRequired(param="model")
+    stream = (found.get("stream") or "").strip().lower()
+    if stream not in _TRUE and stream not in _FALSE:
+        raise InvalidRequest("`stream` is true or false.", param="stream")
+    return Asked(model, stream in _TRUE)
+
+
+def _find_delimiter(body: bytes, delimiter: bytes, start: int) -> int:
+    """Where the next delimiter's line break is; for the first one, which may do without, where it begins itself."""
+    if start == 0 and body.startswith(delimiter):
+        return 0
+    position = body.find(b"\r\n" + delimiter, max(0, start - 2))
+    if position < 0:
+        raise InvalidRequest("The multipart body ends too early.")
+    return position if start else position + 2
+
+
+def _end_of_line(body: bytes, position: int) -> int | None:
+    """Where a delimiter's part begins; None if it is the last delimiter."""
+    if body.startswith(b"--", position):
+        return None
+    while body[position : position + 1] in (b" ", b"\t"):
+        position += 1
+    if not body.startswith(b"\r\n", position):
+        raise InvalidRequest("The multipart body has a broken delimiter.")
+    return position + 2
+
+
+def _read_part(body: bytes, start: int, end: int, found: dict[str, str | None]) -> None:
+    head_end = body.find(b"\r\n\r\n", start, min(end, start + _MAX_PART_HEAD_BYTES) + 4)
+    if head_end < 0 or head_end > end:
+        raise InvalidRequest("A part of the multipart body has no headers, or too many.")
+    name, is_file = _name_of(body[start:head_end])
+    value: str | None = None
+    if name.casefold() in _LOOKED_FOR:
+        raw = body[head_end + 4 : end]
+        if is_file or len(raw) > _MAX_FIELD_BYTES:
+            raise InvalidRequest("This field is a short text.", param=name.casefold())
+        try:
+            value = raw.decode()
+        except UnicodeDecodeError:
+            raise InvalidRequest("This field is not UTF-8.", param=name.casefold()) from None
+    _note(found, name, value)
+
+
+def _name_of(head: bytes) -> tuple[str, bool]:
+    """A part's name, and whether it is a file."""
+    dispositions = [
+        line.partition(b":")[2]
+        for line in head.split(b"\r\n")
+        if line.partition(b":")[0].strip().lower() == b"content-disposition"
+    ]
+    if len(dispositions) != 1:
+        raise InvalidRequest("Each part of a multipart body has one Content-Disposition.")
+    try:
+        text = dispositions[0].decode()
+    except UnicodeDecodeError:
+        text = dispositions[0].decode("latin-1")
+    parameters = [(key.lower(), value) for key, value in _PARAMETER.findall(text)]
+    names = [value for key, value in parameters if key in ("name", "name*")]
+    if len(names) != 1 or any(key == "name*" for key, _ in parameters):
+        raise InvalidRequest("Each part of a multipart body has one name.")
+    name = names[0]
+    if name.startswith('"'):
+        name = re.sub(r"\\(.)", r"\1", name[1:-1])
+    return name, any(key in ("filename", "filename*") for key, _ in parameters)
