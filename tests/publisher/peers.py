@@ -327,7 +327,7 @@ class Engine:
         self.models = ["m"]
         self.on_infer: Handler | None = None
         self.on_get: Handler | None = None
-        self.health_questions = 0
+        self.asked = trio.Event()
         self._in, self._out = trio.open_memory_channel[Exchange](math.inf)
 
     @property
@@ -340,10 +340,12 @@ class Engine:
 
     async def _handle(self, exchange: Exchange) -> None:
         await exchange.read()
+        if exchange.method == "GET":
+            self.asked.set()
+            self.asked = trio.Event()
         if exchange.method == "GET" and self.on_get is not None:
             await self.on_get(exchange)
         elif exchange.path == "/health":
-            self.health_questions += 1
             await exchange.respond_json(200 if self.healthy else 503, {})
         elif exchange.path == "/v1/models":
             await exchange.respond_json(200, {"object": "list", "data": [{"id": name} for name in self.models]})

@@ -85,8 +85,9 @@ async def test_a_body_that_is_not_in_the_frame_is_fetched(stage: Stage) -> None:
 async def test_cancel_closes_the_engines_connection_and_the_upload(stage: Stage) -> None:
     publisher, channel = await stage.publish()
     await channel.infer("t1")
+    first = await stage.engine.next()
     await channel.infer("t2")
-    first, second = await stage.engine.next(), await stage.engine.next()
+    second = await stage.engine.next()
     await first.start(200, {"content-type": "text/event-stream"})
     await first.send(b"data: 1\n\n")
     upload = await stage.broker.wait("result", "t1")

@@ -156,8 +156,7 @@ class _Agent:
                 on_change=self._want_heartbeat,
             )
             await self._power.probe()
-            nursery.start_soon(self._run_channels)
-            nursery.start_soon(self._run_heartbeats)
+            nursery.start_soon(self._run_session)
             nursery.start_soon(self._run_stop, stop)
             if self._config.hibernate_after_s is not None:
                 nursery.start_soon(self._power.run_idle)
@@ -214,8 +213,13 @@ class _Agent:
 
     # Channels
 
-    async def _run_channels(self) -> None:
+    async def _run_session(self) -> None:
         await self._register_until_done()
+        # Not before: the answer says how often.
+        self._nursery.start_soon(self._run_heartbeats)
+        await self._run_channels()
+
+    async def _run_channels(self) -> None:
         backoff = Backoff(self._config.backoff_base_s, self._config.backoff_cap_s)
         unknown_before = False
         while True:
@@ -269,9 +273,11 @@ class _Agent:
             channel.heard()
             async with self._broker.open_frames() as frames:
                 await self._read_channel(channel, frames)
+        if channel.ended is not None:
+            return channel.ended
         if channel.error is not None:
             raise channel.error
-        return channel.ended or f"silent for {channel.patience_s:.0f} s"
+        return f"silent for {channel.patience_s:g} s"
 
     async def _read_channel(self, channel: Channel, frames: FrameStream) -> None:
         # An error is kept and raised outside: out of a nursery it would come wrapped in a group.
@@ -281,7 +287,7 @@ class _Agent:
                     channel.heard()
                     for frame in received:
                         self._handle(frame, channel, epoch)
-                channel.ended = "the broker ended the channel"
+                channel.end("the broker ended the channel")
             except (BrokerLost, BadFrame, EventTooLarge) as error:
                 channel.error = error
             # Whatever the broker sent on this channel died with it: engine requests and uploads are aborted.
@@ -313,7 +319,7 @@ class _Agent:
             case Cancel():
                 self._drop(frame.task_id)
             case Bye():
-                channel.ended = frame.reason or "bye"
+                channel.end(frame.reason or "bye")
                 # By cancelling and not by leaving the loop: see `abandon`.
                 channel.silence.cancel()
             case _:
@@ -370,8 +376,6 @@ class _Agent:
             self._heartbeat_wanted = trio.Event()
             pause_s = self._heartbeat_interval_s
             known = self._registered
-            if not known:
-                continue
             self._power.trim_log()
             try:
                 await self._heartbeat()

@@ -31,3 +31,8 @@ class Channel:
     def heard(self) -> None:
         """Bytes have come: the wait for the next ones begins."""
         self.silence.deadline = trio.current_time() + self.patience_s
+
+    def end(self, reason: str) -> None:
+        """It is over; the first reason counts, as a `bye` comes before the end of its stream."""
+        if self.ended is None:
+            self.ended = reason
