@@ -132,7 +132,7 @@ class _Agent:
         self._broker = broker
         self._emit = emit
         self._task_status = task_status
-        self._version = importlib.metadata.version("wakecall")
+        self._version = _version()
         self._served = frozenset(model.name for model in models)
         # The entire mutable state.
         self._end: StopReason | PublisherError | None = None
@@ -428,6 +428,14 @@ class _Agent:
             await self._power.wait_until_idle()
         async with self._broker.in_order:
             await self._broker.goodbye()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("wakecall")
+    except importlib.metadata.PackageNotFoundError:
+        # Run from a source tree that nobody installed.
+        return "unknown"
 
 
 def _is_discarded(task: Relay | _WakeWaiter) -> bool:
