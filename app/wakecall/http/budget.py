@@ -1,0 +1,34 @@
+"""What all request bodies together may hold of the memory."""
+
+from __future__ import annotations
+
+from wakecall.errors import QueueFull
+
+__all__ = ["BodyBudget"]
+
+
+class BodyBudget:
+    """All bodies that are held at once, in bytes, over all requests of a server.
+
+    Args:
+        total_bytes: the most that may be held.
+    """
+
+    def __init__(self, total_bytes: int = 1 << 30) -> None:
+        self.total_bytes = total_bytes
+        self.held_bytes = 0
+
+    def take(self, count: int) -> None:
+        """Account for `count` bytes more.
+
+        Raises:
+            QueueFull: they would not fit; nothing was taken.
+        """
+        if self.held_bytes + count > self.total_bytes:
+            raise QueueFull("The broker holds as many request bodies as it may.")
+        self.held_bytes += count
+
+    def give_back(self, count: int) -> None:
+        """Undo a `take`."""
+        assert 0 <= count <= self.held_bytes, "bytes were given back that nobody took"
+        self.held_bytes -= count
