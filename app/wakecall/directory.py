@@ -77,6 +77,10 @@ class Settled(NamedTuple):
     at: float
 
 
+def _past(instant: float | None, now: float) -> float | None:
+    return None if instant is None else min(instant, now)
+
+
 class Directory:
     def __init__(self, config: BrokerConfig, journal: Journal) -> None:
         self.config: Final = config
@@ -88,6 +92,7 @@ class Directory:
         self.inactive: OrderedDict[str, Row] = OrderedDict()
         self.unused: OrderedDict[str, Session] = OrderedDict()
         self.owned: dict[str, int] = {}  # sessions of each owner
+        self.owned_rows: dict[str, int] = {}  # virtual rows of each owner
         self.tasks: dict[str, Infer | Wake] = {}
         self.settled: dict[str, Settled] = {}
         self.counters = Counters()
@@ -98,22 +103,35 @@ class Directory:
     def load(self, snapshot: Snapshot) -> None:
         """Take what a store held. Nothing is active until its publisher is back; retention goes on."""
         now = self.clock.now()
-        for record in sorted(snapshot.sessions, key=lambda s: s.unused_since or 0.0):
-            session = Session(replace(record, last_heartbeat_at=min(record.last_heartbeat_at, now)))
+        # No instant is ahead of our clock, or what stands behind it in its list would wait for it.
+        sessions = [
+            replace(
+                record,
+                last_heartbeat_at=min(record.last_heartbeat_at, now),
+                unused_since=_past(record.unused_since, now),
+            )
+            for record in snapshot.sessions
+        ]
+        for record in sorted(sessions, key=lambda s: now if s.unused_since is None else s.unused_since):
+            session = Session(record)
             self.sessions[record.session_id] = session
             self.owned[record.owner] = self.owned.get(record.owner, 0) + 1
         rows = []
         for llm in snapshot.llms:
-            row = Row(
-                replace(llm, last_heartbeat_at=min(llm.last_heartbeat_at, now)), self.config.max_readers_per_reply
+            llm = replace(
+                llm,
+                last_heartbeat_at=min(llm.last_heartbeat_at, now),
+                inactive_since=_past(llm.inactive_since, now),
             )
+            row = Row(llm, self.config.max_readers_per_reply)
             rows.append(row)
             self.rows[llm.name] = row
+            self._count_row(llm, 1)
             if llm.session_id is not None and (owner := self.sessions.get(llm.session_id)) is not None:
                 row.session = owner
                 owner.rows[llm.name] = row
         # Those that were inactive before come first in the order of retirement; the rest are inactive from now on.
-        rows.sort(key=lambda r: min(r.llm.inactive_since or now, now))
+        rows.sort(key=lambda r: now if r.llm.inactive_since is None else r.llm.inactive_since)
         for row in rows:
             if row.llm.kind is not Kind.VIRTUAL:
                 continue
@@ -131,6 +149,7 @@ class Directory:
         """A row that was not there."""
         row = Row(llm, self.config.max_readers_per_reply)
         self.rows[llm.name] = row
+        self._count_row(llm, 1)
         if session is not None:
             row.session = session
             session.rows[llm.name] = row
@@ -138,6 +157,12 @@ class Directory:
             self.review_unused(session)
         self.journal.put_row(llm.name, llm)
         return row
+
+    def _count_row(self, llm: LLM, change: int) -> None:
+        if llm.kind is Kind.VIRTUAL:
+            count = self.owned_rows.pop(llm.owner, 0) + change
+            if count:
+                self.owned_rows[llm.owner] = count
 
     def change_row(self, row: Row, **changes: Any) -> None:
         """Change fields other than status."""
@@ -189,6 +214,7 @@ class Directory:
     def remove_row(self, row: Row) -> None:
         name = row.llm.name
         del self.rows[name]
+        self._count_row(row.llm, -1)
         self.live.pop(name, None)
         self.inactive.pop(name, None)
         if row.session is not None:

@@ -7,6 +7,7 @@ methods of `Broker` await the commit where the protocol promises one.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -51,6 +52,9 @@ __all__ = ["Registry"]
 
 _REGISTER: Final = {Status.ACTIVE: RowEvent.REGISTER_ACTIVE, Status.HIBERNATING: RowEvent.REGISTER_HIBERNATING}
 _REPORT: Final = {Status.ACTIVE: RowEvent.REPORT_ACTIVE, Status.HIBERNATING: RowEvent.REPORT_HIBERNATING}
+
+#: The largest that a row may name (protocol.md, Register).
+_MAX_CONCURRENCY: Final = 100_000
 
 logger = logging.getLogger("wakecall.broker")
 
@@ -120,8 +124,7 @@ class Registry:
                 raise InvalidRequest("This is no valid name for a model.", param=where)
             if spec.name in seen:
                 raise InvalidRequest("The same name stands twice.", param=where)
-            if spec.status is Status.INACTIVE:
-                raise InvalidRequest("A status is active or hibernating.", param=f"llms[{index}].status")
+            self._check_spec(spec, f"llms[{index}]")
             seen.add(spec.name)
             names.add(spec.name)
             row = self._directory.rows.get(spec.name)
@@ -134,9 +137,23 @@ class Registry:
                 raise LLMNameTaken(param=where)
             if llm.session_id != session_id and llm.status is not Status.INACTIVE:
                 raise LLMNameTaken(param=where)
+        fresh = sum(1 for name in seen if name not in self._directory.rows)
+        most = limit * self._config.max_sessions_per_owner
+        if self._directory.owned_rows.get(owner, 0) + fresh > most:
+            # Rows outlive a goodbye: else sessions that come and go could fill the memory.
+            raise TooMany(f"An owner has at most {most} models, withdrawn ones included.", param="llms")
         if len(names) > limit:
             # Those that were withdrawn count until their retention is over: else a session could fill the memory.
             raise TooMany(f"A session has at most {limit} models, withdrawn ones included.", param="llms")
+
+    def _check_spec(self, spec: LLMSpec, where: str) -> None:
+        if spec.status is Status.INACTIVE:
+            raise InvalidRequest("A status is active or hibernating.", param=f"{where}.status")
+        if spec.max_concurrency is not None and not 1 <= spec.max_concurrency <= _MAX_CONCURRENCY:
+            message = f"A concurrency is 1 to {_MAX_CONCURRENCY}; leave it out for no bound."
+            raise InvalidRequest(message, param=f"{where}.max_concurrency")
+        if spec.wake_s is not None and not 0 < spec.wake_s < math.inf:
+            raise InvalidRequest("A wake takes some seconds.", param=f"{where}.wake_s")
 
     def _register_row(self, session: Session, spec: LLMSpec, now: float) -> RegisteredLLM:
         directory, record = self._directory, session.record
@@ -208,10 +225,7 @@ class Registry:
             if older is not None:
                 self.end_channel(older, "superseded")
         directory.review_unused(session)
-        leaving = session.leaving
-        if leaving is not None and leaving.joined.is_set():
-            leaving = None
-        self._nursery().start_soon(run_session, channel, leaving, self._make_current)
+        self._nursery().start_soon(run_session, channel, session.leaving, self._make_current)
         return channel
 
     def _make_current(self, channel: Channel) -> None:
@@ -228,6 +242,8 @@ class Registry:
         directory.change_session(session, last_heartbeat_at=directory.clock.now())
         directory.notify(ChannelEvent("open", channel.session_id, channel.epoch))
         for row in list(session.rows.values()):
+            if channel.ended is not None:
+                break  # by what its rows had to say at once: nobody is there to revive the rest
             self._dispatcher.step(row, RowEvent.REVIVE, bump=True)
 
     def _on_channel_room(self, channel: Channel) -> None:

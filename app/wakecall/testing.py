@@ -11,7 +11,7 @@ Everything runs in memory and on Trio's clock, so a virtual one crosses hours in
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ import trio
 from .broker import Broker, open_broker
 from .config import BrokerConfig
 from .frames import Frame
-from .models import LLMSpec, Statistics, Status
+from .models import HeartbeatReply, LLMSpec, Registered, Statistics, Status
 from .session import Channel
 from .store.base import Store
 from .upload import Upload
@@ -91,7 +91,7 @@ class FakePublisher:
         self.frames: list[Frame] = []
         self.channel: Channel | None = None
         self._connect = connect
-        self._seen = 0
+        self._seen: dict[str, int] = {}
         self._news = trio.Event()
         self._stack = AsyncExitStack()
         self._nursery: trio.Nursery | None = None
@@ -118,20 +118,34 @@ class FakePublisher:
         self.channel = channel
         return channel
 
+    async def register(self, llms: Sequence[str | LLMSpec]) -> Registered:
+        """Register again, these rows and no others."""
+        self.llms = [LLMSpec(llm) if isinstance(llm, str) else llm for llm in llms]
+        return await self.broker.register(self.session_id, self.llms, owner=self.owner)
+
+    async def heartbeat(
+        self, statuses: Mapping[str, Status] | None = None, tasks: Sequence[str] = ()
+    ) -> HeartbeatReply:
+        """Give a sign of life."""
+        return await self.broker.heartbeat(self.session_id, statuses, tasks, owner=self.owner)
+
+    async def goodbye(self) -> None:
+        """End the session."""
+        await self.broker.goodbye(self.session_id, owner=self.owner)
+
     def disconnect(self) -> None:
         """Vanish: the current channel ends in this step."""
         assert self.channel is not None
         self.channel.disconnect()
 
     async def next(self, event: str) -> Frame:
-        """The next frame of this event that no earlier call has returned; others are passed over."""
+        """The next frame of this event that no earlier call has returned; those of other events stay for theirs."""
         while True:
-            while self._seen < len(self.frames):
-                frame = self.frames[self._seen]
-                self._seen += 1
-                if frame.event == event:
-                    return frame
-            self._news = trio.Event()
+            for place in range(self._seen.get(event, 0), len(self.frames)):
+                if self.frames[place].event == event:
+                    self._seen[event] = place + 1
+                    return self.frames[place]
+            self._seen[event] = len(self.frames)
             await self._news.wait()
 
     def events(self, event: str) -> list[dict[str, Any]]:
@@ -161,6 +175,7 @@ class FakePublisher:
         async with self.broker.open_channel(self.session_id, owner=self.owner) as channel:
             async for frame in channel:
                 self.frames.append(frame)
-                self._news.set()
+                news, self._news = self._news, trio.Event()
+                news.set()
                 if frame.event == "hello":
                     task_status.started(channel)

@@ -1,0 +1,48 @@
+"""Every test here runs on a virtual clock, and leaves nothing behind in any broker that it opened."""
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from wakecall.broker import Broker
+from wakecall.deadlines import Deadlines
+from wakecall.session import Channel
+
+
+def _recorded(monkeypatch, kind):
+    made = []
+    make = kind.__init__
+
+    def init(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(kind, "__init__", init)
+    return made
+
+
+@pytest.fixture(autouse=True)
+async def nothing_is_left(monkeypatch):
+    """Invariant 1 at the end of every test; and no task, slot, waiter, channel, or deadline is left in any broker."""
+    assert isinstance(trio.lowlevel.current_clock(), MockClock), "ask for `autojump_clock`: no test here waits for real"
+    brokers = _recorded(monkeypatch, Broker)
+    channels = _recorded(monkeypatch, Channel)
+    heaps = _recorded(monkeypatch, Deadlines)
+    yield
+    for broker in brokers:
+        counted, directory = broker.statistics(), broker._directory
+        assert counted.accepted == counted.completed + counted.failed + counted.cancelled, counted
+        assert (counted.waiting, counted.in_flight, counted.wakes_in_flight, counted.channels) == (0, 0, 0, 0), counted
+        assert directory.tasks == {}
+        for name, row in directory.rows.items():
+            assert (row.in_flight, len(row.waiting), row.wake) == (0, 0, None), name
+        for session_id, session in directory.sessions.items():
+            assert (session.channel, session.pending, session.leaving) == (None, None, None), session_id
+        held = sorted(task_id for session in directory.sessions.values() for task_id in session.settled)
+        assert held == sorted(directory.settled), "an outcome is remembered for no session"
+    for channel in channels:
+        assert channel.ended is not None
+        assert channel.joined.is_set()
+        assert channel.tasks == {}
+    for heap in heaps:
+        assert heap.armed == 0
