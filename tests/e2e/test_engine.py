@@ -12,6 +12,7 @@ import httpx2
 import openai
 import pytest
 import trio
+
 from tests.e2e.engine import Engine, open_engine, write_model
 
 QUESTION = [{"role": "user", "content": "How is a machine called that nobody can call?"}]
