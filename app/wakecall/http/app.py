@@ -14,7 +14,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from ..broker import Broker
-from ..errors import MethodNotAllowed, WakecallError
+from ..errors import MethodNotAllowed, NotFound, WakecallError
 from .admin import add_admin_routes
 from .answers import Answer, StreamBody, error_answer
 from .auth import refuse_foreign
@@ -95,15 +95,19 @@ class _App(QuartTrio):
         try:
             if self.loopback_only:
                 refuse_foreign(request.headers.get("host"), request.headers.get("origin"))
+            if request.path.startswith("//"):
+                # Werkzeug would look past the second slash, but the guard and an engine do not.
+                raise NotFound
             return await super().handle_request(request)
         except WakecallError as error:
             return error_answer(error, request.path)
         except HTTPException as error:  # what Quart makes of a Host that is none, before it routes
             return error_answer(from_http_exception(error), request.path)
 
-    async def handle_exception(self, error: Exception) -> Any:
-        # The guard answers 500 and logs where it happened, without the message: that may quote the request.
-        raise error
+    async def handle_exception(self, *context_and_error: Any) -> Any:
+        # The guard answers 500 and logs where it happened, without the message: that may quote the request. (What stands
+        # before the error depends on Quart's lineage.)
+        raise context_and_error[-1]
 
 
 async def _answer_error(error: WakecallError) -> Answer:

@@ -101,7 +101,7 @@ def json_error(error: Exception) -> InvalidJson | InvalidRequest:
             param = f"{param}.{missing[1]}" if param else missing[1]
         elif message.startswith("Invalid enum value"):
             message = "This is none of the values that are allowed"
-        return InvalidRequest(f"{message}.", param=param or None)
+        return InvalidRequest(f"{message}.", param=param.replace("[...]", "") or None)
     if isinstance(error, RecursionError):
         return InvalidJson(f"The body is nested more than {MAX_DEPTH} levels deep.")
     if isinstance(error, UnicodeDecodeError):
