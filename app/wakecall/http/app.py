@@ -95,8 +95,8 @@ class _App(QuartTrio):
         try:
             if self.loopback_only:
                 refuse_foreign(request.headers.get("host"), request.headers.get("origin"))
-            if request.path.startswith("//"):
-                # Werkzeug would look past the second slash, but the guard and an engine do not.
+            if request.scope["path"].startswith("//"):
+                # Werkzeug looks past the second slash; whoever else reads the path does not.
                 raise NotFound
             return await super().handle_request(request)
         except WakecallError as error:
