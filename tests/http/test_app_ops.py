@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from tests.http.served import JSON, Served, open_served, wait_until
-from wakecall.broker import Broker
+from tests.http.wire import open_server
+from wakecall.broker import Broker, open_broker
+from wakecall.http import create_app
 
 CALL = {"model": "qwen"}
 PATHS = [
@@ -207,3 +209,29 @@ async def test_nothing_of_quart_shows(served: Served) -> None:
         assert "html" not in answer.headers["content-type"]
     answer = await served.ask("POST", "/v1/chat/completions", JSON, body=b"{")
     assert b"<" not in answer.body
+
+
+async def test_an_embedders_own_routes_and_hooks_work() -> None:
+    """The app is a Quart app: what is added to it before it is served counts, and errors keep their shape."""
+    async with open_broker() as broker:
+        app = create_app(broker)
+
+        @app.get("/own")
+        async def own() -> str:
+            return "mine"
+
+        async with open_server(app) as server:
+            served = Served(server, broker)
+            assert (await served.ask("GET", "/own")).body == b"mine"
+
+        @app.after_request
+        async def mark(response: Any) -> Any:
+            response.headers["x-own"] = "yes"
+            return response
+
+        async with open_server(app) as server:
+            served = Served(server, broker)
+            for target, status in (("/own", 200), ("/nowhere", 404), ("/v1/models/x", 404)):
+                answer = await served.ask("GET", target)
+                assert (answer.status, answer.headers["x-own"]) == (status, "yes")
+            assert answer.code == "model_not_found"

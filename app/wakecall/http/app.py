@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypercorn.typing import ASGISendCallable
+import trio
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from quart import Quart, request
 from quart.sessions import NullSession, SessionInterface
 from quart.wrappers import Request, Response
@@ -76,6 +77,13 @@ class _NoSessions(SessionInterface):
 
 
 class _Connection(TrioASGIHTTPConnection):
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        # As quart-trio's, with one task less: the handler runs in the task that is there already.
+        request = self._create_request_from_scope(send)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.handle_messages, nursery, request, receive)
+            await self.handle_request(nursery, request, send)
+
     async def _send_response(self, send: ASGISendCallable, response: Response | WerkzeugResponse) -> None:
         try:
             await super()._send_response(send, response)
@@ -100,9 +108,22 @@ class _App(QuartTrio):
                 raise NotFound
             return await super().handle_request(request)
         except WakecallError as error:
-            return error_answer(error, request.path)
+            return _error_answer(error, request.path)
         except HTTPException as error:  # what Quart makes of a Host that is none, before it routes
-            return error_answer(from_http_exception(error), request.path)
+            return _http_error_answer(error, request.path)
+
+    async def full_dispatch_request(self, context: Any = None) -> Response | WerkzeugResponse:
+        """Route and answer. Quart's own way, with its hooks and signals, is gone only where somebody has added hooks."""
+        if self.before_request_funcs or self.after_request_funcs or self.url_value_preprocessors:
+            return await super().full_dispatch_request(context)
+        request: Request = context.request
+        try:
+            result = await self.dispatch_request(context)
+        except WakecallError as error:
+            return _error_answer(error, request.path)
+        except HTTPException as error:
+            return _http_error_answer(error, request.path)
+        return result if isinstance(result, Answer) else await self.make_response(result)
 
     async def handle_exception(self, *context_and_error: Any) -> Any:
         # The guard answers 500 and logs where it happened, without the message: that may quote the request. (What stands
@@ -111,12 +132,18 @@ class _App(QuartTrio):
 
 
 async def _answer_error(error: WakecallError) -> Answer:
-    headers = {}
-    if isinstance(error, MethodNotAllowed):
-        headers["Allow"] = "GET, OPTIONS"
-    return error_answer(error, request.path, headers)
+    return _error_answer(error, request.path)
 
 
 async def _answer_http_exception(error: HTTPException) -> Answer:
+    return _http_error_answer(error, request.path)
+
+
+def _error_answer(error: WakecallError, path: str) -> Answer:
+    # Werkzeug says itself which methods a path takes; what a route of ours refuses is a HEAD.
+    return error_answer(error, path, {"Allow": "GET, OPTIONS"} if isinstance(error, MethodNotAllowed) else None)
+
+
+def _http_error_answer(error: HTTPException, path: str) -> Answer:
     allow = next((value for name, value in error.get_headers() if name == "Allow"), None)
-    return error_answer(from_http_exception(error), request.path, {"Allow": allow} if allow else None)
+    return error_answer(from_http_exception(error), path, {"Allow": allow} if allow else None)
