@@ -67,6 +67,11 @@ class Stop:
     _asked: trio.Event = field(default_factory=trio.Event)
     _at_once: trio.Event = field(default_factory=trio.Event)
 
+    @property
+    def requested(self) -> bool:
+        """Whether stopping has been asked for."""
+        return self._asked.is_set()
+
     def request(self) -> None:
         (self._at_once if self._asked.is_set() else self._asked).set()
 

@@ -9,6 +9,7 @@ streamed answers, usage, a pace, an error in its API's own shape, and it stops w
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -166,10 +167,15 @@ def start_in_background(port: int, delay_s: float, pid_file: Path | None, lifeti
     """Start the engine in a session of its own and return at once: whoever waits for it asks `/health`."""
     command = [sys.executable, "-m", "wakecall.cli.demo_engine", "--port", str(port), "--delay-s", str(delay_s)]
     command += ["--lifetime-s", str(lifetime_s)]
-    if pid_file is not None:
-        command += ["--pid-file", str(pid_file)]
+    # Whoever ends this command in the middle shall find in the file what it has started. Not SIG_IGN: a child inherits
+    # that, but no handler.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     nothing = subprocess.DEVNULL
-    subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)  # noqa: S603
+    process = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)  # noqa: S603
+    if pid_file is not None:
+        pid_file.write_text(f"{process.pid}\n")
+    # Not ours to wait for.
+    process.returncode = 0
 
 
 def announce(port: int, pid_file: Path | None) -> None:
@@ -182,7 +188,7 @@ def announce(port: int, pid_file: Path | None) -> None:
 @click.option("--port", default=8081, show_default=True, help="On 127.0.0.1; 0 takes a free one.")
 @click.option("--delay-s", default=0.05, show_default=True, help="Seconds per word.")
 @click.option("--lifetime-s", default=float("inf"), help="Seconds after which it ends by itself.")
-@click.option("--pid-file", type=click.Path(path_type=Path), help="Where its process id goes once it listens.")
+@click.option("--pid-file", type=click.Path(path_type=Path), help="Where its process id goes.")
 @click.option("--background", is_flag=True, help="Start it in the background and return.")
 def main(port: int, delay_s: float, lifetime_s: float, pid_file: Path | None, background: bool) -> None:
     """A small OpenAI-compatible engine for trying things out. It is no language model."""

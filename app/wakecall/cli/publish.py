@@ -1,0 +1,262 @@
+"""`wakecall publish`."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import asdict
+from typing import Any, Final
+
+import click
+import trio
+
+from ..publisher import (
+    Asleep,
+    Awake,
+    BrokerUnreachable,
+    ChannelLost,
+    ChannelOpen,
+    Drained,
+    Draining,
+    Evicted,
+    GoingToSleep,
+    InferFinished,
+    InferStarted,
+    InvalidConfig,
+    PublishedModel,
+    PublisherConfig,
+    PublisherError,
+    PublisherEvent,
+    Registered,
+    SleepFailed,
+    StopReason,
+    Superseded,
+    WakeFailed,
+    Waking,
+    name_for,
+    run_publisher,
+)
+from . import VERBS
+from .common import ConfigurationError, SectionedCommand, broker_option, handle_signals, log_options, option
+from .logs import configure_logging, log_event
+
+__all__ = ["command", "sentence"]
+
+logger = logging.getLogger("wakecall.publisher")
+
+_SLEEP: Final = "An engine that sleeps"
+
+
+@click.command("publish", cls=SectionedCommand, short_help=VERBS["publish"])
+@broker_option
+@option(
+    "--engine",
+    envvar="WAKECALL_ENGINE",
+    required=True,
+    metavar="URL",
+    help="The engine's address, with or without /v1; Ollama's is http://127.0.0.1:11434.",
+)
+@option(
+    "--name", envvar="WAKECALL_NAME", help="Publish one model under this name; without it, all that the engine has."
+)
+@option(
+    "--model", envvar="WAKECALL_MODEL", metavar="ENGINE_ID", help="The engine's own id of that model, if not the name."
+)
+@option(
+    "--type", "kind", envvar="WAKECALL_TYPE", metavar="TYPE", help="The engine's kind, such as ollama: for listings."
+)
+@option(
+    "--session",
+    envvar="WAKECALL_SESSION",
+    metavar="ID",
+    help="A session id of your own, instead of one made up and kept for this broker and engine.",
+)
+@option(
+    "--max-concurrency",
+    envvar="WAKECALL_MAX_CONCURRENCY",
+    type=int,
+    metavar="N",
+    help="Requests at a time, for each model.",
+)
+@option(
+    "--upload",
+    envvar="WAKECALL_UPLOAD",
+    type=click.Choice(["stream", "chunks"]),
+    default="stream",
+    help="Each answer as one upload, or in pieces: for a proxy on the way that buffers uploads.",
+)
+@option(
+    "--cancel",
+    envvar="WAKECALL_CANCEL",
+    type=click.Choice(["abort", "drain"]),
+    default="abort",
+    help="When a client leaves: stop the engine's work, or let it finish and throw it away.",
+)
+@option(
+    "--engine-key-env",
+    envvar="WAKECALL_ENGINE_KEY_ENV",
+    metavar="VAR",
+    help="The variable that holds the engine's API key.",
+)
+@option(
+    "--health-path",
+    envvar="WAKECALL_HEALTH_PATH",
+    metavar="PATH",
+    help="Ask the engine for this instead of /health, then /v1/models.",
+)
+@log_options
+@option(
+    "--hibernating", envvar="WAKECALL_HIBERNATING", is_flag=True, help="It sleeps now. Needs --name.", section=_SLEEP
+)
+@option(
+    "--wake-command", envvar="WAKECALL_WAKE_COMMAND", metavar="CMD", help="What starts it; run with sh.", section=_SLEEP
+)
+@option(
+    "--wake-s",
+    envvar="WAKECALL_WAKE_S",
+    type=float,
+    default=120,
+    metavar="SECONDS",
+    help="The most that waking it may take.",
+    section=_SLEEP,
+)
+@option(
+    "--hibernate-command",
+    envvar="WAKECALL_HIBERNATE_COMMAND",
+    metavar="CMD",
+    help="What stops it; run with sh.",
+    section=_SLEEP,
+)
+@option(
+    "--hibernate-after",
+    envvar="WAKECALL_HIBERNATE_AFTER_S",
+    type=float,
+    metavar="SECONDS",
+    help="Put it to sleep after so long without a request.",
+    section=_SLEEP,
+)
+def command(
+    broker: str,
+    engine: str,
+    name: str | None,
+    model: str | None,
+    kind: str | None,
+    session: str | None,
+    hibernate_after: float | None,
+    hibernating: bool,
+    log_level: str,
+    log_format: str,
+    **settings: Any,
+) -> None:
+    """Publish the models of an OpenAI-compatible engine on a broker.
+
+    Runs until it is stopped, and only ever dials out: it needs no open port. SIGINT and SIGTERM end it: what is under way
+    is finished, and the broker told goodbye. A second one drops everything at once.
+    """
+    if hibernating and not (name or model):
+        raise click.UsageError("An engine that sleeps cannot be asked for its models: --hibernating needs --name.")
+    try:
+        models = (PublishedModel(name or name_for(model or ""), model),) if name or model else ()
+        config = PublisherConfig(
+            broker_url=broker,
+            engine_url=engine,
+            models=models,
+            type=kind,
+            session_id=session,
+            hibernating=hibernating,
+            hibernate_after_s=hibernate_after,
+            **settings,
+        )
+    except InvalidConfig as error:
+        raise ConfigurationError(_said(error)) from error
+    configure_logging(log_level, log_format)
+    try:
+        reason = trio.run(_run, config)
+    except PublisherError as error:
+        kind_of_failure = (
+            ConfigurationError if error.exit_code == ConfigurationError.exit_code else click.ClickException
+        )
+        raise kind_of_failure(_said(error)) from error
+    if reason is StopReason.SUPERSEDED:
+        raise click.ClickException(
+            "Another process publishes with this session id, and took its place. Stop one of the two, or give this one"
+            " a --session of its own."
+        )
+    if reason is StopReason.EVICTED:
+        raise click.ClickException(
+            "An operator of the broker evicted this publisher. Ask there before you start it again."
+        )
+
+
+def _said(error: PublisherError) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
+
+
+async def _run(config: PublisherConfig) -> StopReason | None:
+    """Publish until it ends or is told to. Returns why, or None after a second signal."""
+    stop = trio.Event()
+    reason: StopReason | None = None
+    with trio.CancelScope() as everything:
+
+        def on_signal(_: int) -> None:
+            if stop.is_set():
+                logger.info("stopping at once")
+                everything.cancel()
+            stop.set()
+
+        async with handle_signals(on_signal):
+            reason = await run_publisher(config, on_event=_report, stop=stop)
+    return reason
+
+
+def _report(event: PublisherEvent) -> None:
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(event).__name__).lower()
+    failed = isinstance(event, BrokerUnreachable | ChannelLost | WakeFailed | SleepFailed | Superseded | Evicted) or (
+        isinstance(event, InferFinished) and event.outcome not in ("completed", "cancelled")
+    )
+    fields = {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(event).items()}
+    log_event(logger, logging.WARNING if failed else logging.INFO, name, fields, sentence(event))
+
+
+def sentence(event: PublisherEvent) -> str:
+    """An event for people."""
+    match event:
+        case Registered():
+            rows = ", ".join(f"{row.name} ({row.status}, {row.outcome})" for row in event.models)
+            return f"registered{' again' if event.again else ''} as session {event.session_id}: {rows or 'no model'}"
+        case BrokerUnreachable():
+            return f"the broker cannot be reached: {event.message}; trying again in {event.retry_in_s:.1f} s"
+        case ChannelOpen():
+            return f"channel open (epoch {event.epoch}): the broker can send requests now"
+        case ChannelLost():
+            return f"channel lost: {event.reason}; opening it again in {event.retry_in_s:.1f} s"
+        case InferStarted():
+            return f"request {event.task_id} for {event.llm}"
+        case InferFinished():
+            status = "" if event.status is None else f", engine said {event.status}"
+            why = "" if event.message is None else f": {event.message}"
+            took = f"in {event.seconds:.2f} s, {event.uploaded} bytes"
+            return f"request {event.task_id} for {event.llm} {event.outcome} {took}{status}{why}"
+        case Waking():
+            return "waking the engine"
+        case Awake():
+            how = "" if event.ran_command else " already: the command was not needed"
+            return f"the engine is awake{how} ({event.seconds:.2f} s)"
+        case WakeFailed():
+            return f"the engine could not be woken: {event.message}"
+        case GoingToSleep():
+            return "idle for long enough: putting the engine to sleep"
+        case Asleep():
+            return "the engine sleeps"
+        case SleepFailed():
+            return f"the engine does not sleep: {event.message}"
+        case Draining():
+            return f"stopping: {event.in_flight} requests under way"
+        case Drained():
+            left = f", {event.abandoned} requests abandoned" if event.abandoned else ""
+            return f"stopped{left}"
+        case Superseded():
+            return "another process took this session"
+        case Evicted():
+            return "evicted by an operator"

@@ -1,0 +1,142 @@
+"""`wakecall serve`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import fields
+from functools import partial
+from typing import Any, Final
+
+import click
+import platformdirs
+import trio
+
+from ..broker import Broker, open_broker
+from ..config import BrokerConfig
+from ..serve import CannotBind, NotLoopback, ServeConfig, Stop, serve
+from ..store import StoreError
+from ..store.sqlite import open_sqlite_store
+from . import VERBS
+from .common import ConfigurationError, F, SectionedCommand, handle_signals, log_options, option
+from .logs import configure_logging, log_broker_event
+
+__all__ = ["command"]
+
+logger = logging.getLogger("wakecall.server")
+
+#: The name that keeps nothing, as SQLite has it.
+_IN_MEMORY: Final = ":memory:"
+
+
+def _setting_options(command: F) -> F:
+    """One option and one variable for each setting of the broker, made from what its record says of it."""
+    for each in reversed(fields(BrokerConfig)):
+        unit = each.metadata["unit"]
+        of_times = unit == "s"
+        name = "--grace" if each.name == "grace_s" else f"--{each.name.replace('_', '-')}"
+        doc = each.metadata["doc"]
+        command = option(
+            name,
+            each.name,
+            envvar=f"WAKECALL_{each.name.upper()}",
+            type=float if of_times else int,
+            # A whole number without its ".0" in the help; click makes a float of it.
+            default=int(each.default) if each.default == int(each.default) else each.default,
+            metavar="SECONDS" if of_times else (unit.upper() or "COUNT"),
+            help=f"{doc[0].upper()}{doc[1:]}.",
+            section="" if each.name == "grace_s" else "Times, in seconds" if of_times else "Bounds",
+        )(command)
+    return command
+
+
+@click.command("serve", cls=SectionedCommand, short_help=VERBS["serve"])
+@option("--host", envvar="WAKECALL_HOST", default="127.0.0.1", help="Where to listen: this machine only, for now.")
+@option("--port", envvar="WAKECALL_PORT", type=click.IntRange(0, 65535), default=8080, help="0 takes a free one.")
+@option(
+    "--db",
+    envvar="WAKECALL_DB",
+    metavar="PATH",
+    default=lambda: str(platformdirs.user_state_path("wakecall") / "wakecall.db"),
+    show_default="wakecall.db in your state directory",
+    help=f"The SQLite file in which rows and sessions outlive the broker; {_IN_MEMORY} for none.",
+)
+@log_options
+@_setting_options
+def command(host: str, port: int, db: str, log_level: str, log_format: str, **settings: Any) -> None:
+    """Run a broker: one OpenAI-compatible address for all that publishers publish on it.
+
+    The address is printed on stdout as soon as it can be called; what happens then is told on stderr, one line each.
+    SIGINT and SIGTERM stop it: nothing new is taken, what is under way has the grace to end. A second one skips that.
+    """
+    try:
+        config = BrokerConfig(**settings)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    try:
+        where = ServeConfig(host=host, port=port)
+    except NotLoopback as error:
+        raise ConfigurationError(str(error)) from error
+    configure_logging(log_level, log_format)
+    _raise_descriptor_limit()
+    try:
+        trio.run(_run, where, config, os.path.expanduser(db))
+    except CannotBind as error:
+        # Not 78: a port that is taken now may be free in a moment.
+        hint = "" if port == 0 else " Give it another --port, or --port 0 for a free one."
+        raise click.ClickException(f"{error.strerror or error}.{hint}") from error
+    except StoreError as error:
+        raise click.ClickException(str(error)) from error
+
+
+async def _run(where: ServeConfig, config: BrokerConfig, db: str) -> None:
+    stop = Stop()
+    failure: CannotBind | None = None
+
+    def on_signal(_: int) -> None:
+        if stop.requested:
+            logger.info("stopping at once")
+        else:
+            logger.info("stopping: what is under way has %g s", config.grace_s)
+        stop.request()
+
+    async with handle_signals(on_signal), _open_broker(db, config) as broker:
+        broker.add_observer(log_broker_event)
+        async with trio.open_nursery() as nursery:
+            try:
+                urls = await nursery.start(partial(serve, broker, where, stop=stop))
+            except CannotBind as error:
+                failure = error
+            else:
+                click.echo(f"Wakecall listens on {' and '.join(urls)}")
+    if failure is not None:
+        raise failure
+
+
+@asynccontextmanager
+async def _open_broker(db: str, config: BrokerConfig) -> AsyncIterator[Broker]:
+    """A broker on the store that `--db` names. Raises ConfigurationError: the store cannot be opened or read."""
+    async with AsyncExitStack() as stack:
+        try:
+            store = None
+            if db != _IN_MEMORY:
+                store = await stack.enter_async_context(open_sqlite_store(db))
+            broker = await stack.enter_async_context(open_broker(store, config))
+        except StoreError as error:
+            raise ConfigurationError(str(error)) from error
+        yield broker
+
+
+def _raise_descriptor_limit() -> None:
+    """As many descriptors as we may have: each client and each publisher holds one, and the usual 1,024 are few."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError) as error:
+            # macOS says that there is no limit, and then has one.
+            logger.debug("the limit of %d descriptors stays: %s", soft, error)
