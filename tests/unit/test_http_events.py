@@ -14,7 +14,7 @@ from wakecall.http.errors import (
     engine_retry_headers,
     error_document,
     error_event,
-    error_headers,
+    retry_headers,
     type_of_status,
 )
 from wakecall.http.relay import passage_of, safe_content_type
@@ -120,7 +120,7 @@ def test_an_error_body_has_the_shape_that_each_api_knows() -> None:
     ],
 )
 def test_retry_headers_follow_the_table(error: WakecallError, headers: dict[str, str]) -> None:
-    assert error_headers(error) == headers
+    assert retry_headers(error) == headers
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from quart.wrappers.response import ResponseBody
 from quart_trio.wrappers import TrioResponse
 
 from ..errors import WakecallError
-from .errors import error_document, error_headers
+from .errors import error_document, retry_headers
 
 __all__ = ["Answer", "StreamBody", "error_answer", "json_answer", "no_content", "stream_answer"]
 
@@ -63,7 +63,7 @@ def no_content() -> Answer:
 
 def error_answer(error: WakecallError, path: str, headers: Mapping[str, str] | None = None) -> Answer:
     """The answer to a request at `path` that ended in `error`."""
-    return json_answer(error_document(error, path), error.status, {**(headers or {}), **error_headers(error)})
+    return json_answer(error_document(error, path), error.status, {**(headers or {}), **retry_headers(error)})
 
 
 def stream_answer(

@@ -31,8 +31,8 @@ __all__ = [
     "engine_retry_headers",
     "error_document",
     "error_event",
-    "error_headers",
     "from_http_exception",
+    "retry_headers",
     "type_of_status",
 ]
 
@@ -73,7 +73,7 @@ def error_document(error: WakecallError, path: str) -> dict[str, Any]:
     return {"error": inner}
 
 
-def error_headers(error: WakecallError) -> dict[str, str]:
+def retry_headers(error: WakecallError) -> dict[str, str]:
     """The two headers that SDKs go by when they decide whether and when to try again."""
     headers = {}
     if error.should_retry is not None:

@@ -8,7 +8,7 @@ from quart import Quart, request
 from ..broker import Broker
 from ..errors import ShuttingDown, StoreUnavailable, WakecallError
 from .answers import Answer, json_answer
-from .errors import error_document, error_headers
+from .errors import error_document, retry_headers
 from .metrics import Metrics
 
 __all__ = ["add_ops_routes"]
@@ -44,7 +44,7 @@ def add_ops_routes(app: Quart, broker: Broker) -> None:
             "status": "not ready",
             "reasons": [failure.code for failure in failures],
         }
-        return json_answer(document, 503, error_headers(failures[0]))
+        return json_answer(document, 503, retry_headers(failures[0]))
 
     async def show_metrics() -> Answer:
         return Answer(metrics.render(), content_type=CONTENT_TYPE_LATEST)

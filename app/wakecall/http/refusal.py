@@ -6,7 +6,6 @@ answer as `docs/reference/errors.md` says all the same, so that a client needs o
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from collections.abc import Iterable
 import msgspec
 
 from wakecall.errors import WakecallError
+from wakecall.http.errors import error_document, retry_headers
 
 __all__ = ["Headers", "error_body", "error_headers", "marks_of", "pick_request_id"]
 
@@ -49,12 +49,8 @@ def marks_of(path: str, request_id: bytes) -> Headers:
 
 
 def error_body(error: WakecallError, path: str) -> bytes:
-    """The JSON body of an error in OpenAI's shape, at `/v1/messages` in Anthropic's too (`"type": "error"` beside)."""
-    inner = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    whole: dict[str, object] = {"error": inner}
-    if path == "/v1/messages":
-        whole = {"type": "error", **whole}
-    return msgspec.json.encode(whole)
+    """The JSON body of an error at `path`."""
+    return msgspec.json.encode(error_document(error, path))
 
 
 def error_headers(error: WakecallError, body: bytes, path: str, request_id: bytes) -> Headers:
@@ -64,6 +60,5 @@ def error_headers(error: WakecallError, body: bytes, path: str, request_id: byte
         (b"content-length", b"%d" % len(body)),
         *marks_of(path, request_id),
     ]
-    if error.retry_after_s is not None:
-        headers.append((b"retry-after", b"%d" % math.ceil(error.retry_after_s)))
+    headers += [(name.lower().encode(), value.encode()) for name, value in retry_headers(error).items()]
     return headers
