@@ -143,29 +143,35 @@ async def test_a_chunked_body_is_refused_as_soon_as_it_is_too_large(app: App) ->
 async def test_bodies_in_all_are_bounded(app: App) -> None:
     """A body counts from its first byte to its request's end; one that does not fit is 429 and counts no more."""
     held = trio.Event()
-    taken: list[int] = []
+    released: list[int] = []
 
     @app.post("/hold")
     async def hold() -> Response:
         await exchange().read_body(8 * MIB)
-        taken.append(app.budget.held_bytes)
         held.set()
         await app.release.wait()
+        before = app.budget.held_bytes
         exchange().release_body()
         exchange().release_body()
-        taken.append(app.budget.held_bytes)
+        released.append(before - app.budget.held_bytes)
         return Response("held")
+
+    @app.post("/try")
+    async def refuse() -> Response:
+        with pytest.raises(QueueFull):
+            await exchange().read_body(8 * MIB)
+        return Response(str(app.budget.held_bytes))
 
     async with app.serve() as server, server.connect() as wire:
         await wire.send(request_bytes("POST", "/hold", body=bytes(6 * MIB)))
         await held.wait()
         refused = await server.ask("POST", "/echo", body=bytes(3 * MIB))
         assert (refused.status, refused.json["error"]["code"]) == (429, "queue_full")
-        assert app.budget.held_bytes == 6 * MIB
+        assert (await server.ask("POST", "/try", body=bytes(3 * MIB))).body == b"%d" % (6 * MIB)
         assert (await server.ask("POST", "/echo", body=bytes(MIB))).status == 200
         app.release.set()
         assert (await wire.read_answer()).body == b"held"
-        assert taken == [6 * MIB, 0]
+        assert released == [6 * MIB]
 
 
 def test_a_budget_never_takes_in_part() -> None:
@@ -228,7 +234,10 @@ async def test_a_body_that_breaks_off_is_never_taken_for_whole(app: App, path: s
 
 
 async def test_a_handler_that_stands_still_holds_its_peer_back(app: App) -> None:
-    """Of 300 MiB less than 2 are taken, kernel buffers included; then all of it goes through, whole."""
+    """Of 300 MiB about 1 is taken; then all of it goes through, whole.
+
+    The bound is for the kernels' buffers, which differ by machine; ours hold three pieces.
+    """
     total, piece = 300 * MIB, bytes(range(256)) * 256
     sha = hashlib.sha256()
     sent = 0
@@ -246,7 +255,7 @@ async def test_a_handler_that_stands_still_holds_its_peer_back(app: App) -> None
             nursery.start_soon(pour, wire)
             await app.started.wait()
             await trio.testing.wait_all_tasks_blocked(0.1)
-            assert 300 * KIB < sent < 2 * MIB
+            assert 300 * KIB < sent < 8 * MIB
             app.release.set()
         assert (await wire.read_answer()).body.decode() == f"{total} {sha.hexdigest()}"
 
@@ -350,7 +359,7 @@ async def test_an_unwanted_body_is_dropped_only_up_to_a_bound_while_the_answer_s
             await wire.send(request_bytes("POST", "/stream", "content-length: 1000000000"))
             nursery.start_soon(pour, wire)
             await trio.testing.wait_all_tasks_blocked(0.1)
-            assert MIB < sent < 4 * MIB
+            assert MIB < sent < 9 * MIB
             app.release.set()
             answered = await wire.read_answer()
             assert (answered.body, answered.is_cut) == (b"begundone", False)
@@ -359,14 +368,20 @@ async def test_an_unwanted_body_is_dropped_only_up_to_a_bound_while_the_answer_s
 async def test_a_peer_that_waits_to_be_asked_for_its_body_is_asked_by_its_reader(app: App) -> None:
     """`Expect: 100-continue`: never before a handler reads, so that an early answer spares the upload."""
     head = ["expect: 100-continue", "content-length: 4"]
+
+    @app.post("/spare")
+    async def spare() -> Response:
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        return Response("spared")
+
     async with app.serve() as server:
         async with server.connect() as wire:
             await wire.send(request_bytes("POST", "/echo", *head))
             assert (await wire.read_some()).startswith(b"HTTP/1.1 100 ")
             await wire.send(b"body")
             assert (await wire.read_answer()).body == b"body"
-        spared = await server.ask("POST", "/ignore", *head)
-        assert (spared.body, spared.interim, spared.headers["connection"]) == (b"ignored", [], "close")
+        spared = await server.ask("POST", "/spare", *head)
+        assert (spared.body, spared.interim, spared.headers["connection"]) == (b"spared", [], "close")
 
 
 # Ends -------------------------------------------------------------------------------------------------------------------
@@ -417,7 +432,9 @@ async def test_the_end_is_told_whatever_the_handler_is_stuck_in(app: App) -> Non
         async with server.connect() as wire:
             await wire.send(request_bytes("POST", "/shielded"))
             await app.started.wait()
-        await app.ended.wait()
+            await wire.half_close()
+            await app.ended.wait()
+            assert await wire.read_to_end() == b"", "the socket is closed though the handler is stuck"
         app.release.set()
         app.started = trio.Event()
         async with server.connect(receive_buffer=4096) as wire:
@@ -442,6 +459,34 @@ async def test_no_end_is_told_after_the_last_message(app: App, mock_clock: trio.
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert not server.barrier.connections
     assert app.events == []
+
+
+async def test_the_servers_own_tidying_up_is_withheld_from_the_app() -> None:
+    """`http.disconnect` behind the answer's last message would make Quart cancel that very `send`."""
+    told: list[str] = []
+    waiting: list[int] = []
+    inbox: list[dict[str, Any]] = [{"type": "http.request", "body": b"", "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        return inbox.pop(0) if inbox else {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        current_exchange_of(scope).on_disconnect(lambda: told.append("disconnected"))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"all", "more_body": False})
+        assert (await receive())["type"] == "http.request"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await trio.testing.wait_all_tasks_blocked()
+            waiting.append(len(nursery.child_tasks))
+            nursery.cancel_scope.cancel()
+
+    await Guard(app)({"type": "http", "path": "/", "headers": []}, receive, send)
+    assert waiting == [1]
+    assert told == []
 
 
 async def test_idle_connections_do_not_hold_up_shutdown(app: App) -> None:
@@ -476,6 +521,28 @@ async def test_a_cut_delivers_what_was_sent_and_no_end(app: App) -> None:
         assert len(cut_short.body) == 500_014
         assert cut_short.body.endswith(b"event: error\n\n")
     assert app.events == []
+
+
+async def test_a_cut_does_not_wait_for_its_handler(app: App) -> None:
+    """The client sees it while the handler is still busy; then the handler is cancelled, whom no callback concerns."""
+
+    @app.post("/cut")
+    async def cut() -> Response:
+        exchange().on_disconnect(lambda: app.events.append("disconnected"))
+        exchange().cut()
+        try:
+            await app.release.wait()
+        except trio.Cancelled:
+            app.events.append("cancelled")
+            app.ended.set()
+            raise
+        return Response("never")
+
+    async with app.serve(BarrierSettings(close_drain_s=0.1)) as server, server.connect() as wire:
+        await wire.send(request_bytes("GET", "/cut"))
+        assert await wire.read_to_end() == b""
+        await app.ended.wait()
+    assert app.events == ["cancelled"]
 
 
 async def test_an_abort_ends_the_connection_at_once(app: App) -> None:
@@ -548,6 +615,10 @@ async def test_answers_under_v1_are_no_pages(app: App) -> None:
             assert answered.headers["x-content-type-options"] == "nosniff"
             assert answered.headers["x-request-id"] != "forged"
         assert "content-security-policy" not in (await server.ask("GET", "/v10")).headers
+        async with server.connect() as wire:
+            await wire.send(request_bytes("GET", "/v1/models", "connection: close"))
+            whole = (await wire.read_to_end()).lower()
+            assert whole.count(b"content-security-policy:") == whole.count(b"x-request-id:") == 1
 
 
 async def test_a_failure_before_the_head_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
