@@ -51,6 +51,7 @@ async def test_a_daemon_that_holds_stderr_survives_a_successful_command(tmp_path
         with trio.fail_after(5):
             while last_line(log) != "still here":
                 await trio.sleep(0.01)
+        assert b"\0" not in log.read_bytes(), "the daemon goes on at the new end, not at its old place"
         assert is_running(pid)
         assert os.getpgid(pid) != os.getpgid(0)
     finally:

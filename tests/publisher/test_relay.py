@@ -7,6 +7,7 @@ import json
 
 import pytest
 import trio
+import trio.testing
 
 from tests.publisher.peers import Exchange, Stage, closed_port
 from wakecall.publisher import InferFinished, PublishedModel
@@ -149,6 +150,15 @@ async def test_an_engine_that_refuses_the_connection_is_a_failure_with_a_message
 @pytest.mark.parametrize("mode", ["stream", "chunks"])
 async def test_an_engine_that_dies_midway_is_reported_before_the_upload_breaks_off(stage: Stage, mode: str) -> None:
     """So that the client reads the reason, and the upload never ends as if it were whole."""
+    broken_before: list[bool] = []
+
+    async def take_failure(exchange: Exchange) -> None:
+        await exchange.read()
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        broken_before.append(upload.broken.is_set())
+        await exchange.respond_json(200, {})
+
+    stage.broker.on["failure"] = take_failure
     publisher, channel = await stage.publish(upload=mode)
     await channel.infer("t1")
     request = await stage.engine.next()
@@ -161,6 +171,7 @@ async def test_an_engine_that_dies_midway_is_reported_before_the_upload_breaks_o
     failure = await stage.broker.wait_whole("failure", "t1")
     assert "broke off" in failure.json["message"]
     assert (await publisher.wait(InferFinished)).outcome == "failed"
+    assert broken_before == [False]
     if mode == "stream":
         with trio.fail_after(5):
             await upload.broken.wait()
