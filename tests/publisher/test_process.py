@@ -33,6 +33,12 @@ async def wait_ended(pid: int) -> None:
             await trio.sleep(0.01)
 
 
+async def wait_said(log: Path, line: str) -> None:
+    with trio.fail_after(5):
+        while last_line(log) != line:
+            await trio.sleep(0.01)
+
+
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     return tmp_path / "command.log"
@@ -47,10 +53,9 @@ async def test_a_daemon_that_holds_stderr_survives_a_successful_command(tmp_path
             assert group.is_alive()
     try:
         assert is_running(pid)
+        await wait_said(log, "still here")
         cut_log(log, 0)
-        with trio.fail_after(5):
-            while last_line(log) != "still here":
-                await trio.sleep(0.01)
+        await wait_said(log, "still here")
         assert b"\0" not in log.read_bytes(), "the daemon goes on at the new end, not at its old place"
         assert is_running(pid)
         assert os.getpgid(pid) != os.getpgid(0)
