@@ -173,10 +173,12 @@ def test_the_testing_example_passes(tmp_path: Path) -> None:
     """As pytest-trio would run it: on a virtual clock."""
     page = DOCS / "reference/python.md"
     (program,) = [block.text for block in blocks("python") if block.page == page and "def test_" in block.text]
-    program = program.replace("import trio\n", "import trio\nimport trio.testing\n", 1)
-    run = (
-        "clock = trio.testing.MockClock(autojump_threshold=0)\ntrio.run(test_a_call_is_answered, clock, clock=clock)\n"
-    )
+    run = """
+import trio.testing
+
+clock = trio.testing.MockClock(autojump_threshold=0)
+trio.run(test_a_call_is_answered, clock, clock=clock)
+"""
     assert run_python(program + run, cwd=tmp_path) == ""
 
 
