@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -82,6 +82,7 @@ class Channel:
         self._on_overflow = on_overflow
         self._on_room = on_room
         self._outbox: deque[Frame] = deque()
+        self._taken: deque[Frame] = deque()  # by iteration, and not given out
         self._weight = 0
         self._full = False
         self._sequence = 0
@@ -159,10 +160,16 @@ class Channel:
                 self._on_room(self)
         return taken
 
-    async def __aiter__(self) -> AsyncIterator[Frame]:
-        while taken := await self.receive():
-            for frame in taken:
-                yield frame
+    # No generator: whoever breaks off a loop would leave it to the collector, and Trio would say so.
+    def __aiter__(self) -> Channel:
+        return self
+
+    async def __anext__(self) -> Frame:
+        if not self._taken:
+            self._taken.extend(await self.receive())
+        if not self._taken:
+            raise StopAsyncIteration
+        return self._taken.popleft()
 
     def disconnect(self) -> None:
         """The peer is gone: acts at once, whatever the transport is stuck in. Idempotent."""
@@ -193,6 +200,8 @@ async def run_session(channel: Channel, before: Channel | None, on_current: Call
             await trio.lowlevel.checkpoint()  # it may have ended before it began
             if before is not None:
                 await before.joined.wait()
+            if channel.ended is not None:
+                return  # it ended after that wait was over and before this task ran
             on_current(channel)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channel.deadlines.run)
@@ -201,3 +210,5 @@ async def run_session(channel: Channel, before: Channel | None, on_current: Call
         channel.disconnect()
     finally:
         channel.joined.set()
+        if channel.session.leaving is channel:
+            channel.session.leaving = None  # with all the frames that nobody took

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -49,6 +49,7 @@ class Infer:
 
     __slots__ = (
         "_cancel",
+        "_idle_s",
         "accepted_at",
         "channel",
         "content_type",
@@ -104,6 +105,7 @@ class Infer:
         self.upload: Upload | None = None
         self.engine_status = 200
         self.content_type: str | None = None
+        self._idle_s = config.idle_s
         self.stream = ByteStream(config.reply_buffer_bytes, self._on_room)
         self.reader: Final = self.stream.open_reader()
         self.head_ready = trio.Event()
@@ -146,6 +148,9 @@ class Infer:
     def _on_room(self) -> None:
         # While the client held the upload back nobody waited for the publisher: its idle clock starts here.
         self.room_at = trio.current_time()
+        due = self.room_at + self._idle_s
+        if self.channel is not None and self.deadline is not None and due < self.deadline.due:
+            self.channel.deadlines.arm(self.deadline, due)
 
 
 class Reader:
@@ -168,9 +173,13 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while data := await self.receive():
-            yield data
+    def __aiter__(self) -> Reader:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if data := await self.receive():
+            return data
+        raise StopAsyncIteration
 
 
 class Reply:
@@ -199,9 +208,14 @@ class Reply:
         """
         return await self._infer.reader.receive()
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while data := await self.receive():
-            yield data
+    # No generator: whoever breaks off a loop would leave it to the collector, and Trio would say so.
+    def __aiter__(self) -> Reply:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if data := await self.receive():
+            return data
+        raise StopAsyncIteration
 
     async def read(self) -> bytes:
         """The whole body. Raises as `receive` does."""
