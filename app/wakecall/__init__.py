@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .broker import Broker, open_broker
-from .config import BrokerConfig
-from .errors import WakecallError
-from .local import InferReply
-from .models import InferRequest, LLMSpec, Status
-from .session import Channel
-from .store import MemoryStore, Store, StoreError
-from .task import Infer, Reader, Reply
-from .upload import Upload
-
 if TYPE_CHECKING:
+    from .broker import Broker, open_broker
+    from .config import BrokerConfig
+    from .errors import WakecallError
     from .http import create_app
+    from .local import InferReply
+    from .models import InferRequest, LLMSpec, Status
     from .serve import ServeConfig, serve
+    from .session import Channel
+    from .store import MemoryStore, Store, StoreError
     from .store.sqlite import open_sqlite_store
+    from .task import Infer, Reader, Reply
+    from .upload import Upload
 
 __version__ = "0.1.0"
 
@@ -44,18 +44,36 @@ __all__ = [
     "serve",
 ]
 
-# The web server, HTTP client and SQLite load on first use: an embedder without HTTP does not pay for them.
-_LAZY = {
-    "ServeConfig": "wakecall.serve",
-    "create_app": "wakecall.http",
-    "open_sqlite_store": "wakecall.store.sqlite",
-    "serve": "wakecall.serve",
+# Each name loads its module on first use: an embedder without HTTP pays for no web server, and `wakecall --help` not even
+# for Trio.
+_HOMES = {
+    "Broker": ".broker",
+    "BrokerConfig": ".config",
+    "Channel": ".session",
+    "Infer": ".task",
+    "InferReply": ".local",
+    "InferRequest": ".models",
+    "LLMSpec": ".models",
+    "MemoryStore": ".store",
+    "Reader": ".task",
+    "Reply": ".task",
+    "ServeConfig": ".serve",
+    "Status": ".models",
+    "Store": ".store",
+    "StoreError": ".store",
+    "Upload": ".upload",
+    "WakecallError": ".errors",
+    "create_app": ".http",
+    "open_broker": ".broker",
+    "open_sqlite_store": ".store.sqlite",
+    "serve": ".serve",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
-
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Kept, so that it is not asked for again; and so that `serve` is the function, not the module that its import puts
+    # into its place.
+    value = globals()[name] = getattr(import_module(_HOMES[name], __name__), name)
+    return value
