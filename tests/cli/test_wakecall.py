@@ -26,7 +26,17 @@ def test_help_names_every_verb(tmp_path: Path) -> None:
 
 def test_help_loads_no_verb() -> None:
     """Help is quick because no verb's module is loaded for it, nor what they stand on."""
-    heavy = {"rich", "httpx2", "quart", "hypercorn", "sqlite_utils", "msgspec", "platformdirs", "prometheus_client"}
+    heavy = {
+        "trio",
+        "rich",
+        "httpx2",
+        "quart",
+        "hypercorn",
+        "sqlite_utils",
+        "msgspec",
+        "platformdirs",
+        "prometheus_client",
+    }
     script = (
         "import sys\n"
         "from wakecall.cli import main\n"

@@ -70,12 +70,16 @@ def command(broker: str, as_json: bool) -> None:
 
 def _fetch(broker: str, path: str) -> tuple[bytes, datetime]:
     """A GET's body, and the broker's own time: ages are wrong by whatever two clocks differ."""
-    parts = urlsplit(broker)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(broker)
+        host = parts.hostname if parts.scheme in ("http", "https") else None
+    except ValueError:
+        host = None
+    if not host:
         raise click.BadParameter("this is no http:// or https:// URL", param_hint="--broker")
     try:
         # A proxy from the environment has no business between two processes of one machine.
-        with httpx2.Client(timeout=_PATIENCE_S, trust_env=not is_loopback(parts.hostname)) as client:
+        with httpx2.Client(timeout=_PATIENCE_S, trust_env=not is_loopback(host)) as client:
             answer = client.get(broker.rstrip("/") + path)
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         why = "it took too long" if isinstance(error, httpx2.TimeoutException) else printable(str(error))

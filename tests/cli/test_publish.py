@@ -1,0 +1,224 @@
+"""`wakecall publish`: against a broker of this process and a small engine of ours."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import httpx2
+import pytest
+import trio
+
+from tests.cli.processes import call, run_wakecall
+from wakecall import Broker, open_broker
+from wakecall.cli.demo_engine import serve_demo_engine
+from wakecall.cli.publish import sentence
+from wakecall.publisher import PublisherEvent, RegisteredModel, events
+from wakecall.serve import ServeConfig, serve
+
+
+@dataclass
+class Stage:
+    """A broker and an engine; `args` is what a publisher between them needs."""
+
+    broker: Broker
+    url: str
+    engine_url: str
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        return ("publish", "--broker", self.url, "--engine", self.engine_url)
+
+    async def chat(self, name: str, prompt: str = "hi") -> httpx2.Response:
+        async with httpx2.AsyncClient(base_url=self.url, timeout=None) as http:
+            body = {"model": name, "messages": [{"role": "user", "content": prompt}]}
+            return await http.post("/v1/chat/completions", json=body)
+
+    def statuses(self) -> dict[str, str]:
+        return {llm.name: str(llm.status) for llm in self.broker.llms()}
+
+
+@asynccontextmanager
+async def open_stage(delay_s: float = 0.0) -> AsyncIterator[Stage]:
+    async with open_broker() as broker, trio.open_nursery() as nursery:
+        urls = await nursery.start(partial(serve, broker, ServeConfig(port=0)))
+        port = await nursery.start(partial(serve_demo_engine, delay_s=delay_s))
+        yield Stage(broker, urls[0], f"http://127.0.0.1:{port}")
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_it_publishes_what_the_engine_has_until_it_is_stopped(number: signal.Signals, tmp_path: Path) -> None:
+    """Its models are callable while it runs; a signal withdraws them, says goodbye, and ends it with 0."""
+    async with open_stage() as stage, run_wakecall(*stage.args, state=tmp_path) as publish:
+        await publish.err.wait("channel open")
+        assert stage.statuses() == {"wakecall-demo": "active"}
+        answer = await stage.chat("wakecall-demo", "the secret prompt")
+        assert "the secret prompt" in answer.json()["choices"][0]["message"]["content"]
+        publish.send(number)
+        assert await publish.wait() == 0
+        assert stage.statuses() == {"wakecall-demo": "inactive"}
+        assert stage.broker.session_views() == []
+        assert "secret" not in publish.err.text
+        assert publish.out.text == ""
+        for said in (
+            "registered as session",
+            "channel open (epoch 1)",
+            "completed in",
+            "stopping: 0 requests",
+            "stopped",
+        ):
+            assert said in publish.err.text
+
+
+async def test_every_option_reaches_the_row(tmp_path: Path) -> None:
+    """Name, id, type, session, concurrency and the rest stand at the broker as they were given."""
+    options = ("--name", "mine", "--model", "wakecall-demo", "--type", "toy", "--session", "my-session")
+    options += ("--max-concurrency", "3", "--cancel", "drain", "--wake-s", "7", "--hibernating", "--upload", "chunks")
+    async with open_stage() as stage, run_wakecall(*stage.args, *options, state=tmp_path) as publish:
+        await publish.err.wait("channel open")
+        row = stage.broker.llm("mine")
+        assert (row.model, row.type, row.session_id) == ("wakecall-demo", "toy", "my-session")
+        assert (row.max_concurrency, row.cancel, row.wake_s, row.status) == (3, "drain", 7.0, "hibernating")
+        # The engine is awake already: a wake asks its health, and needs no command.
+        assert (await stage.chat("mine")).status_code == 200
+        assert "the command was not needed" in await publish.err.wait("the engine is awake")
+
+
+async def test_variables_do_as_well_as_options(tmp_path: Path) -> None:
+    async with open_stage() as stage:
+        variables = {"WAKECALL_BROKER": stage.url, "WAKECALL_ENGINE": stage.engine_url, "WAKECALL_NAME": "mine"}
+        variables |= {"WAKECALL_MODEL": "wakecall-demo", "WAKECALL_LOG_FORMAT": "json"}
+        async with run_wakecall("publish", state=tmp_path, **variables) as publish:
+            await publish.err.wait('"channel_open"')
+            await stage.chat("mine")
+            await publish.err.wait('"infer_finished"')
+            publish.send(signal.SIGTERM)
+            assert await publish.wait() == 0
+        lines = [json.loads(line) for line in publish.err.text.splitlines()]
+        by_event = {line["event"]: line for line in lines if "event" in line}
+        assert by_event["registered"]["models"][0]["name"] == "mine"
+        assert by_event["channel_open"]["epoch"] == 1
+        assert by_event["infer_finished"]["outcome"] == "completed"
+        assert "drained" in by_event
+
+
+async def test_a_second_signal_drops_everything(tmp_path: Path) -> None:
+    """The first one waits for what is under way; whoever does not want that says so again."""
+    async with open_stage(delay_s=3600) as stage, run_wakecall(*stage.args, state=tmp_path) as publish:
+        await publish.err.wait("channel open")
+        answers = []
+
+        async def ask() -> None:
+            answers.append(await stage.chat("wakecall-demo"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await publish.err.wait("request ")
+            publish.send(signal.SIGTERM)
+            await publish.err.wait("stopping: 1 requests under way")
+            publish.send(signal.SIGTERM)
+            assert await publish.wait() == 0
+        assert answers[0].status_code == 503
+        assert "Traceback" not in publish.err.text
+
+
+async def test_an_evicted_publisher_stops_and_says_so(tmp_path: Path) -> None:
+    async with open_stage() as stage, run_wakecall(*stage.args, "--session", "s", state=tmp_path) as publish:
+        await publish.err.wait("channel open")
+        await stage.broker.evict("s")
+        assert await publish.wait() == 1
+        assert "Error: An operator of the broker evicted this publisher." in publish.err.text
+
+
+async def test_a_superseded_publisher_stops_and_says_so(tmp_path: Path) -> None:
+    async with open_stage() as stage, run_wakecall(*stage.args, "--session", "s", state=tmp_path) as publish:
+        await publish.err.wait("channel open")
+        async with stage.broker.open_channel("s"):
+            assert await publish.wait() == 1
+        assert "Error: Another process publishes with this session id" in publish.err.text
+
+
+async def test_a_second_agent_for_one_engine_is_refused(tmp_path: Path) -> None:
+    """78: the state file of this broker and engine is held."""
+    async with open_stage() as stage, run_wakecall(*stage.args, state=tmp_path) as publish:
+        await publish.err.wait("channel open")
+        async with run_wakecall(*stage.args, state=tmp_path) as second:
+            assert await second.wait() == 78
+            assert "Error: Another publisher is running for this broker and engine" in second.err.text
+
+
+async def test_a_name_that_is_taken_ends_it(tmp_path: Path) -> None:
+    async with open_stage() as stage:
+        await stage.broker.put_public_llm("wakecall-demo", type="x", model="m", url="http://127.0.0.1:1")
+        async with run_wakecall(*stage.args, state=tmp_path) as publish:
+            assert await publish.wait() == 1
+            assert "a public model's" in publish.err.text
+            assert "Traceback" not in publish.err.text
+
+
+def test_an_engine_that_is_not_there_is_said(tmp_path: Path) -> None:
+    """Without names it has to be asked, so it has to be up."""
+    run = call("publish", "--engine", "http://127.0.0.1:1", state=tmp_path)
+    assert run.returncode == 1
+    assert "Error: The engine at http://127.0.0.1:1 does not answer" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        ([], 2, "--engine"),
+        (["--engine", "http://e", "--hibernating"], 2, "--hibernating needs --name"),
+        (["--engine", "http://e", "--upload", "pigeon"], 2, "--upload"),
+        (["--engine", "http://e", "--wake-s", "long"], 2, "--wake-s"),
+        (["--engine", "localhost:11434"], 78, "engine's address"),
+        (["--engine", "http://e", "--broker", "ftp://b"], 78, "broker's address"),
+        (["--engine", "http://e", "--name", "no good name"], 78, "no valid name"),
+        (["--engine", "http://e", "--max-concurrency", "0"], 78, "ax_concurrency"),
+        (["--engine", "http://e", "--wake-s", "nan"], 78, "ake_s"),
+        (["--engine", "http://e", "--hibernate-command", "x"], 78, "hibernate_after"),
+        (["--engine", "http://127.0.0.1:1", "--engine-key-env", "NO_SUCH_VARIABLE"], 78, "NO_SUCH_VARIABLE"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_happens(
+    args: list[str], code: int, said: str, tmp_path: Path
+) -> None:
+    """2 for how it was said, 78 for what was asked."""
+    run = call("publish", *args, state=tmp_path)
+    assert run.returncode == code
+    assert run.stdout == ""
+    assert said in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+_VALUES: dict[str, Any] = {
+    "models": (RegisteredModel("m", "active", "created"),),
+    "outcome": "completed",
+    "message": "why",
+}
+
+
+@pytest.mark.parametrize("kind", get_args(PublisherEvent))
+def test_every_event_has_a_sentence(kind: type[PublisherEvent]) -> None:
+    """Whatever a publisher tells, its command line has words for it."""
+    fields: dict[str, Any] = {}
+    for name, annotation in kind.__annotations__.items():
+        by_type = {"int": 1, "float": 0.5, "bool": True, "str": name, "int | None": 200}
+        fields[name] = _VALUES[name] if name in _VALUES else by_type[annotation]
+    said = sentence(kind(**fields))
+    assert said
+    assert said.isprintable()
+    if "message" in fields:
+        assert "why" in said
+
+
+def test_a_session_registered_again_is_said_to_be() -> None:
+    said = sentence(events.Registered(session_id="s", models=(), again=True))
+    assert said == "registered again as session s: no model"
