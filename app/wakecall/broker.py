@@ -20,7 +20,7 @@ import trio
 from .config import BrokerConfig
 from .directory import Directory, Row
 from .dispatch import Dispatcher
-from .errors import InvalidRequest, ModelNotFound, SessionNotFound, ShuttingDown, StoreUnavailable
+from .errors import InvalidRequest, ModelNotFound, SessionNotFound, ShuttingDown
 from .journal import Journal
 from .local import Handler, WakeHandler, publish
 from .models import (
@@ -273,7 +273,7 @@ class Broker:
         content_type: str | None = None,
         owner: str = LOCAL_OWNER,
     ) -> None:
-        """Add one piece to an answer; returns when there is room for more. Raises as `open_upload` and `Upload.send`."""
+        """Add one piece to an answer, once there is room for it. Raises as `open_upload` and `Upload.send`."""
         with self.open_upload(
             task_id, owner=owner, status=status, content_type=content_type, offset=offset, final=False
         ) as upload:
@@ -477,9 +477,7 @@ class Broker:
         while True:
             await trio.sleep(self.config.sweep_interval_s)
             try:
-                await self.sweep()
-            except StoreUnavailable:
-                pass  # the journal has said so, and repeats it
+                self._registry.sweep_nowait()  # a store that hangs must not keep dead rows alive
             except Exception:
                 logger.exception("a sweep failed")
 

@@ -139,7 +139,7 @@ class Dispatcher:
     def _enter_phase(self, infer: Infer, phase: Literal["queue", "wake"]) -> None:
         """A waiting infer's phase begins, with a clock of its own; `total` spans all."""
         config, row = self._config, infer.row
-        # The wake has a clock too, and where both are up at once it is the wake that failed: it was armed first.
+        # The wake has a clock of its own; where both are up at once it is the wake that failed (`_on_waiting_due`).
         limit = config.queue_s if phase == "queue" else max(config.wake_s, row.llm.wake_s or 0.0)
         infer.phase = phase
         infer.phase_until = trio.current_time() + limit
@@ -147,6 +147,11 @@ class Dispatcher:
         self._directory.waiting_deadlines.arm(infer.deadline, min(infer.phase_until, infer.total_until))
 
     def _on_waiting_due(self, infer: Infer) -> None:
+        wake = infer.row.wake
+        if wake is not None and wake.deadline is not None and wake.deadline.due <= trio.current_time():
+            # Two heaps, and no order between them: all who wait for it get the one answer.
+            self._on_wake_due(wake)
+            return
         phase: Phase = "total"
         if infer.phase_until < infer.total_until:
             phase = "wake" if infer.phase == "wake" else "queue"
@@ -232,6 +237,8 @@ class Dispatcher:
         if offset is None and (task.pieces or not final):
             raise InvalidRequest("A result in pieces says where each begins.", param="Wakecall-Offset")
         if offset is not None:
+            if offset < 0:
+                raise InvalidRequest("An offset is a number of bytes.", param="Wakecall-Offset")
             if offset > task.received:
                 raise OffsetGap(f"This piece begins at {offset}; {task.received} bytes have arrived.")
             task.pieces = True
@@ -374,6 +381,7 @@ class Dispatcher:
         self.pump(row)
         if self._quiet is not None and counters.in_flight == counters.waiting == 0:
             self._quiet.set()
+            self._quiet = None
 
     def _tell(self, infer: Infer, outcome: Literal["completed", "failed", "cancelled"], now: float) -> None:
         if not self._directory.observers:
@@ -396,9 +404,8 @@ class Dispatcher:
     async def wait_quiet(self) -> None:
         """Return when nothing waits and nothing is in flight."""
         while self._counters.in_flight or self._counters.waiting:
-            self._quiet = trio.Event()
-            await self._quiet.wait()
-        self._quiet = None
+            quiet = self._quiet = self._quiet if self._quiet is not None else trio.Event()
+            await quiet.wait()
 
     # Wakes ----------------------------------------------------------------------------------------------------------
 

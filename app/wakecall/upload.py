@@ -43,7 +43,8 @@ class Upload:
             self._on_over = callback
 
     async def send(self, data: bytes) -> None:
-        """Pass on a piece; returns when the slowest reader has room for more.
+        """Pass on a piece, once the slowest reader has room. It waits before a piece and not after it: the task ends with
+        its last byte, whatever its readers have still before them.
 
         Raises:
             TaskCancelled: the client, a deadline, the channel or a shutdown has ended the task.
@@ -61,11 +62,11 @@ class Upload:
         if isinstance(task, Wake):
             self._dispatcher.feed_wake(task, data)
             return
-        self._dispatcher.feed(task, data, self.status, self.content_type)
         if not task.stream.has_room:
             await task.stream.wait_room()
             if task.is_over:
                 raise self._dispatcher.over_error(task.task_id)
+        self._dispatcher.feed(task, data, self.status, self.content_type)
 
     async def finish(self) -> None:
         """The last byte is in. A final upload settles its task; for a wake this returns once that is committed.
