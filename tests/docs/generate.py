@@ -21,6 +21,7 @@ import trio
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.docs import cli_options
 from tests.docs.pages import DOCS
 from wakecall import errors, lifecycle
 from wakecall.broker import open_broker
@@ -177,6 +178,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "broker_errors": lambda: error_table(errors.Unavailable),
     "transitions": transitions,
     "metrics": metrics,
+    **cli_options.PARTS,
 }
 
 
