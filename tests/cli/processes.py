@@ -105,29 +105,29 @@ async def run_wakecall(
     """`wakecall ARGS` while the block runs; killed at its end, if it is still there."""
     env = environment(state, **variables)
     with trio.fail_after(PATIENCE_S):
-        async with trio.open_nursery() as nursery:
-            process = await trio.lowlevel.open_process(
-                [sys.executable, "-m", "wakecall", *args],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=env,
-                preexec_fn=prepare,
-            )
-            running = Running(process, env[MARK])
-            assert process.stdout is not None
-            assert process.stderr is not None
-            try:
-                async with process.stdout, process.stderr:
-                    nursery.start_soon(running.out.follow, process.stdout)
-                    nursery.start_soon(running.err.follow, process.stderr)
-                    yield running
-                    nursery.cancel_scope.cancel()
-            finally:
-                with trio.CancelScope(shield=True):
-                    if process.returncode is None:
-                        process.kill()
-                    await process.wait()
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", "wakecall", *args],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+            preexec_fn=prepare,
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        running = Running(process, env[MARK])
+        try:
+            # Closed after those who read have gone.
+            async with process.stdout, process.stderr, trio.open_nursery() as nursery:
+                nursery.start_soon(running.out.follow, process.stdout)
+                nursery.start_soon(running.err.follow, process.stderr)
+                yield running
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                if process.returncode is None:
+                    process.kill()
+                await process.wait()
 
 
 def call(*args: str, state: Path, **variables: str) -> subprocess.CompletedProcess[str]:
