@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -250,4 +251,9 @@ def describe(error: Exception) -> str:
         httpx2.RemoteProtocolError: "the connection ended too early",
         httpx2.NetworkError: "the connection broke",
     }
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError):
+            return f"TLS failed ({cause.reason or type(cause).__name__})"
+        cause = cause.__cause__ or cause.__context__
     return next((text for kind, text in words.items() if isinstance(error, kind)), type(error).__name__)
