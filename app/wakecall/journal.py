@@ -59,6 +59,7 @@ class Journal:
         self._next: Commit | None = None
         self._work = trio.Event()
         self._writing = trio.Lock()
+        self._closed = False
         self.ok = True
 
     def put_row(self, name: str, llm: LLM | None) -> None:
@@ -73,6 +74,10 @@ class Journal:
 
     def commit(self) -> Commit:
         """The commit that carries everything put so far. Call it in the step that put it."""
+        if self._closed:
+            refused = Commit()
+            refused._finish(StoreError("the broker is closed"))
+            return refused
         if self._next is None:
             self._next = Commit()
         self._work.set()
@@ -98,26 +103,34 @@ class Journal:
         batch = Batch(self._llms, self._sessions)
         commit, self._next = self._next, None
         self._llms, self._sessions = {}, {}
-        error: StoreError | None = None
+        error: StoreError | None = StoreError("the broker closed before the store had answered")
         try:
             await self._store.write(batch)
+            error = None
         except StoreError as failure:
             error = failure
             if self.ok:
                 logger.error("the store failed: %s", failure)
-            # Under what has been decided meanwhile.
-            self._llms = batch.llms | self._llms
-            self._sessions = batch.sessions | self._sessions
-            self._work.set()
-        else:
-            if not self.ok:
+        finally:
+            # However it ended, a cancelled write included: nobody waits on for a commit that will not come.
+            if error is not None:
+                # Under what has been decided meanwhile.
+                self._llms = batch.llms | self._llms
+                self._sessions = batch.sessions | self._sessions
+                self._work.set()
+            elif not self.ok:
                 logger.warning("the store is well again")
-        self.ok = error is None
-        if commit is not None:
-            commit._finish(error)
+            self.ok = error is None
+            if commit is not None:
+                commit._finish(error)
 
     async def close(self) -> None:
-        """Commit what is left, once."""
-        async with self._writing:
-            if self._work.is_set():
-                await self._flush()
+        """Commit what is left, once. From then on, and if that is cancelled, every commit is refused."""
+        try:
+            async with self._writing:
+                if self._work.is_set():
+                    await self._flush()
+        finally:
+            self._closed = True
+            if self._next is not None:
+                self._next._finish(StoreError("the broker is closed"))

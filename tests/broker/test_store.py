@@ -1,0 +1,272 @@
+"""The way to the store: what is acknowledged is committed, what fails is repeated, and no infer ever waits for it."""
+
+from functools import partial
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from tests.broker.helpers import start_call, statuses, view
+from wakecall import BrokerConfig, LLMSpec, MemoryStore, Status, StoreError, open_broker
+from wakecall.errors import StoreUnavailable
+from wakecall.testing import FakePublisher, open_test_broker
+
+ACTIVE, HIBERNATING, INACTIVE = Status.ACTIVE, Status.HIBERNATING, Status.INACTIVE
+
+
+class FakeStore(MemoryStore):
+    """A memory store with a switch for each trouble."""
+
+    def __init__(self):
+        super().__init__()
+        self.failing = False
+        self.hanging = False
+        self.gate = trio.Event()
+        self.batches = []  # every one that was tried
+        self.busy = 0
+
+    async def write(self, batch):
+        self.busy += 1
+        assert self.busy == 1, "one call at a time"
+        try:
+            self.batches.append(batch)
+            if self.hanging:
+                await trio.sleep_forever()
+            await trio.lowlevel.checkpoint()
+            if self.failing:
+                raise StoreError("disk full")
+            await super().write(batch)
+        finally:
+            self.busy -= 1
+
+    def held(self):
+        return {name: llm.status for name, llm in self._llms.items()}
+
+
+ROWS = ["qwen", LLMSpec("phi", status=HIBERNATING)]
+
+
+async def test_what_is_acknowledged_is_committed(autojump_clock):
+    store = FakeStore()
+    async with open_test_broker(store=store) as broker, FakePublisher(broker, "laptop", ROWS) as publisher:
+        assert store.held() == {"qwen": ACTIVE, "phi": HIBERNATING}
+        await trio.sleep(10)
+        await publisher.heartbeat({"qwen": HIBERNATING})
+        assert store.held() == {"qwen": HIBERNATING, "phi": HIBERNATING}
+        assert store._llms["phi"].last_heartbeat_at == broker.now()
+        await publisher.goodbye()
+        assert store.held() == {"qwen": INACTIVE, "phi": INACTIVE}
+        assert store._sessions == {}
+        await broker.delete_llm("qwen")
+        assert store.held() == {"phi": INACTIVE}
+
+
+async def test_a_wakes_success_is_committed_before_its_200_and_its_waiters_do_not_wait(autojump_clock):
+    store = FakeStore()
+    async with (
+        open_test_broker(store=store) as broker,
+        FakePublisher(broker, "laptop", ROWS) as publisher,
+        trio.open_nursery() as nursery,
+    ):
+        call = start_call(nursery, broker, "phi")
+        wake = await publisher.next("wake")
+        store.hanging = True
+        acknowledged = trio.Event()
+
+        async def answer():
+            with pytest.raises(StoreUnavailable):
+                await publisher.answer(wake)
+            acknowledged.set()
+
+        nursery.start_soon(answer)
+        await publisher.answer(await publisher.next("infer"), b"served")
+        await call.over.wait()
+        assert call.body == b"served"
+        assert not acknowledged.is_set()
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("act", ["register", "heartbeat", "wake", "goodbye", "sweep"])
+async def test_a_commit_that_fails_is_503_and_the_decision_stays(autojump_clock, act):
+    """And the writer repeats it until it is down, without anybody asking again."""
+    store = FakeStore()
+    async with (
+        open_test_broker(BrokerConfig(sweep_interval_s=1e9), store) as broker,
+        FakePublisher(broker, "laptop", ROWS) as publisher,
+        trio.open_nursery() as nursery,
+    ):
+        start_call(nursery, broker, "phi")
+        wake = await publisher.next("wake")
+        await trio.sleep(90)
+        acts = {
+            "register": partial(publisher.register, [LLMSpec("qwen", status=HIBERNATING), "phi"]),
+            "heartbeat": partial(publisher.heartbeat, {"qwen": HIBERNATING}),
+            "wake": partial(publisher.answer, wake),
+            "goodbye": publisher.goodbye,
+            "sweep": broker.sweep,
+        }
+        expected = {
+            "register": {"qwen": HIBERNATING, "phi": HIBERNATING},
+            "heartbeat": {"qwen": HIBERNATING, "phi": HIBERNATING},
+            "wake": {"qwen": ACTIVE, "phi": ACTIVE},
+            "goodbye": {"qwen": INACTIVE, "phi": INACTIVE},
+            "sweep": {"qwen": INACTIVE, "phi": INACTIVE},
+        }[act]
+        store.failing = True
+        with pytest.raises(StoreUnavailable) as caught:
+            await acts[act]()
+        assert (caught.value.status, caught.value.code) == (503, "store_unavailable")
+        assert statuses(broker) == expected
+        assert store.held() == {"qwen": ACTIVE, "phi": HIBERNATING}
+        assert not broker.store_ok
+        tried = len(store.batches)
+        await trio.sleep(3)
+        assert len(store.batches) > tried
+        store.failing = False
+        await trio.sleep(5)
+        assert store.held() == expected
+        assert broker.store_ok
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_full_disk_does_not_kill_live_rows(autojump_clock):
+    """A heartbeat counts from its arrival, committed or not."""
+    store = FakeStore()
+    async with (
+        open_test_broker(store=store) as broker,
+        FakePublisher(broker, "laptop", ["qwen"]) as publisher,
+        trio.open_nursery() as nursery,
+    ):
+        store.failing = True
+        for _ in range(10):
+            await trio.sleep(60)
+            with pytest.raises(StoreUnavailable):
+                await publisher.heartbeat()
+        assert statuses(broker) == {"qwen": ACTIVE}
+        call = start_call(nursery, broker)
+        await publisher.answer(await publisher.next("infer"), b"x")
+        await call.over.wait()
+        assert call.body == b"x"
+
+
+async def test_infers_never_wait_for_a_store_that_hangs(autojump_clock):
+    """Invariant 4: accepting, sending, feeding, completing, failing, cancelling; nor does a channel's end."""
+    store = FakeStore()
+    async with (
+        open_test_broker(store=store) as broker,
+        FakePublisher(broker, "laptop", ROWS) as publisher,
+        trio.open_nursery() as nursery,
+    ):
+        store.hanging = True
+        await publisher.connect()  # a new channel waits for nothing either
+        for end in ("complete", "fail", "leave", "disconnect"):
+            call = start_call(nursery, broker)
+            frame = await publisher.next("infer")
+            match end:
+                case "complete":
+                    await publisher.answer(frame, b"1", b"2")
+                case "fail":
+                    publisher.fail(frame, "no")
+                case "leave":
+                    call.leave()
+                case "disconnect":
+                    publisher.disconnect()
+            with trio.fail_after(1):
+                await call.over.wait()
+        assert statuses(broker) == {"qwen": INACTIVE, "phi": INACTIVE}
+        counted = broker.statistics()
+        assert (counted.completed, counted.failed, counted.cancelled) == (1, 2, 1)
+
+
+async def test_a_store_that_hangs_does_not_stop_the_sweeps(autojump_clock):
+    store = FakeStore()
+    async with open_test_broker(store=store) as broker:
+        await broker.register("one", [LLMSpec("a")])
+        await trio.sleep(60)
+        await broker.register("two", [LLMSpec("b")])
+        store.hanging = True
+        await trio.sleep(60)
+        assert statuses(broker) == {"a": INACTIVE, "b": ACTIVE}
+        await trio.sleep(60)
+        assert statuses(broker) == {"a": INACTIVE, "b": INACTIVE}
+
+
+async def test_closing_does_not_wait_for_ever_and_frees_who_waits_for_a_commit(autojump_clock):
+    store = FakeStore()
+    refused = []
+
+    async def register(broker, session_id):
+        with pytest.raises(StoreUnavailable):
+            await broker.register(session_id, [])
+        refused.append(session_id)
+
+    async with trio.open_nursery() as nursery:
+        async with open_broker(store) as broker:
+            store.hanging = True
+            nursery.start_soon(register, broker, "in-the-write")
+            await wait_all_tasks_blocked()
+            nursery.start_soon(register, broker, "behind-it")
+            await wait_all_tasks_blocked()
+            began = trio.current_time()
+        assert trio.current_time() - began <= 5
+        with trio.fail_after(1):
+            await wait_all_tasks_blocked()
+    assert sorted(refused) == ["behind-it", "in-the-write"]
+
+
+async def test_what_gathers_is_committed_together_and_in_order(autojump_clock):
+    """Group commit: one batch carries all that was decided during the last, the latest state of each."""
+    store = FakeStore()
+    async with open_test_broker(store=store) as broker, trio.open_nursery() as nursery:
+        await wait_all_tasks_blocked()
+        store.batches.clear()
+        for i in range(100):
+            nursery.start_soon(broker.register, f"s{i}", [LLMSpec(f"m{i}")])
+        await wait_all_tasks_blocked()
+        assert len(store.batches) <= 3
+        assert sum(len(batch.llms) for batch in store.batches) == 100
+        assert len(store.held()) == 100
+
+
+async def test_a_batch_that_failed_goes_under_what_was_decided_meanwhile(autojump_clock):
+    """Never back to an older state: in every batch, each row only ever moves on."""
+    store = FakeStore()
+    async with open_test_broker(store=store) as broker, FakePublisher(broker, "laptop", ["qwen"]) as publisher:
+        await wait_all_tasks_blocked()
+        store.failing = True
+        store.batches.clear()
+        for status in (HIBERNATING, ACTIVE, HIBERNATING):
+            await trio.sleep(1)
+            with pytest.raises(StoreUnavailable):
+                await publisher.heartbeat({"qwen": status})
+        await publisher_says(publisher, broker)
+        store.failing = False
+        await trio.sleep(6)
+        seen = [batch.llms["qwen"].last_heartbeat_at for batch in store.batches if "qwen" in batch.llms]
+        assert seen == sorted(seen)
+        assert store.held() == {"qwen": HIBERNATING, "new": ACTIVE}
+        assert store._llms["qwen"] == view(broker).llm
+
+
+async def publisher_says(publisher, broker):
+    with pytest.raises(StoreUnavailable):
+        await publisher.register(["qwen", "new"])
+    assert view(broker, "new").routable
+
+
+async def test_what_a_store_holds_must_be_readable(autojump_clock):
+    class Broken(MemoryStore):
+        async def load(self):
+            raise StoreError("not a database")
+
+    with pytest.raises(StoreError):
+        async with open_broker(Broken()):
+            pass
+
+
+async def test_closing_commits_what_is_left(autojump_clock):
+    store = FakeStore()
+    async with open_test_broker(store=store) as broker, FakePublisher(broker, "laptop", ROWS):
+        pass
+    assert store.held() == {"qwen": INACTIVE, "phi": INACTIVE}
+    assert {llm.remembers for llm in store._llms.values()} == {ACTIVE, HIBERNATING}
