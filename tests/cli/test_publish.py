@@ -61,6 +61,7 @@ async def test_it_publishes_what_the_engine_has_until_it_is_stopped(number: sign
         assert stage.statuses() == {"wakecall-demo": "active"}
         answer = await stage.chat("wakecall-demo", "the secret prompt")
         assert "the secret prompt" in answer.json()["choices"][0]["message"]["content"]
+        await publish.err.wait("completed in")
         publish.send(number)
         assert await publish.wait() == 0
         assert stage.statuses() == {"wakecall-demo": "inactive"}
@@ -70,7 +71,6 @@ async def test_it_publishes_what_the_engine_has_until_it_is_stopped(number: sign
         for said in (
             "registered as session",
             "channel open (epoch 1)",
-            "completed in",
             "stopping: 0 requests",
             "stopped",
         ):
