@@ -459,18 +459,15 @@ class Dispatcher:
         del directory.tasks[wake.task_id]
         del channel.tasks[wake.task_id]
         channel.deadlines.disarm(wake.deadline)
-        row.wake = None
         directory.remember(channel.session, wake.task_id, by_publisher)
         # 2
         wake.is_over = True
         waiters = [infer for infer in row.waiting.values() if infer.phase == "wake"]
         if outcome == "succeeded":
+            row.wake = None
             self._counters.wakes_succeeded += 1
         else:
             self._counters.wakes_failed += 1
-            # Out of the line all at once: settling one must not wake the row again for the rest.
-            for infer in waiters:
-                del row.waiting[infer.task_id]
         if wake.upload is not None:
             wake.upload._task_is_over()
         seconds = trio.current_time() - wake.started_at
@@ -481,10 +478,12 @@ class Dispatcher:
         if outcome == "succeeded":
             self.step(row, RowEvent.WOKEN, bump=True)
         else:
-            self.step(row, RowEvent.WAKE_FAILED)
             assert error is not None
             for infer in waiters:
                 self.settle(infer, "failed", type(error)(error.message))
+            # Only now: with its wake gone, the end of the first would have woken the row again for the rest.
+            row.wake = None
+            self.step(row, RowEvent.WAKE_FAILED)
 
     # The lifecycle's consequences -----------------------------------------------------------------------------------
 

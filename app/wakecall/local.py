@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+import traceback
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import trio
 
 from .errors import SessionNotFound, ShuttingDown, StoreUnavailable, TaskOver
 from .frames import Frame
-from .models import InferRequest, LLMSpec
+from .models import LOCAL_OWNER, InferRequest, LLMSpec
 
 if TYPE_CHECKING:
     from .broker import Broker
@@ -48,23 +49,25 @@ WakeHandler = Callable[[], Awaitable[None]]
 async def publish(broker: Broker, spec: LLMSpec, handler: Handler, on_wake: WakeHandler | None) -> AsyncIterator[None]:
     """See `Broker.publish`."""
     publisher = _LocalPublisher(broker, f"local-{secrets.token_urlsafe(16)}", spec, handler, on_wake)
-    await broker.register(publisher.session_id, [spec], agent_name="wakecall.local")
     body_error: Exception | None = None
     try:
+        # In here, because it is registered even where its commit fails or is not waited for to the end.
+        await broker.register(publisher.session_id, [spec], agent_name="wakecall.local")
         async with trio.open_nursery() as nursery:
-            await nursery.start(publisher.run)
-            nursery.start_soon(publisher.run_heartbeat)
             try:
+                await nursery.start(publisher.run)
+                nursery.start_soon(publisher.run_heartbeat)
                 yield
             except Exception as error:
                 body_error = error  # raised as it is, outside the nursery
             nursery.cancel_scope.cancel()
     finally:
+        # Decided, and left to the journal: a block must end in no time, whatever the store is stuck in.
+        registry = broker._registry
         try:
-            with trio.CancelScope(shield=True):  # one commit, bounded by the store's own limits
-                await broker.goodbye(publisher.session_id)
-        except (SessionNotFound, StoreUnavailable):
-            pass  # it was evicted, or the journal repeats it
+            registry.remove_session_nowait(registry.find_session(publisher.session_id, LOCAL_OWNER), "goodbye")
+        except SessionNotFound:
+            pass  # it was evicted, or never registered
     if body_error is not None:
         raise body_error
 
@@ -79,36 +82,45 @@ class _LocalPublisher:
         self._handler = handler
         self._on_wake = on_wake
         self._scopes: dict[str, trio.CancelScope] = {}
+        self._opened = False
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
-        """Hold a channel, and open another when it ends (it may be superseded by nobody, but may go stale)."""
+        """Hold a channel, and open another when it ends as stale; any other end of it is meant.
+
+        Raises:
+            SessionNotFound, ShuttingDown: it never opened.
+        """
         while True:
             try:
                 async with self._broker.open_channel(self.session_id) as channel, trio.open_nursery() as nursery:
                     reason = await self._serve(channel, nursery, task_status)
                     nursery.cancel_scope.cancel()
-            except SessionNotFound:
-                await self._broker.register(self.session_id, [self._spec], agent_name="wakecall.local")
-                continue
-            except ShuttingDown:
+            except (SessionNotFound, ShuttingDown):
+                if not self._opened:
+                    raise
                 return
-            task_status = trio.TASK_STATUS_IGNORED
+            if not self._opened:
+                raise ShuttingDown if reason == "shutdown" else SessionNotFound
             if reason != "stale":
+                logger.info("%s is published no more: %s", self._spec.name, reason)
                 return
 
     async def run_heartbeat(self) -> None:
         while True:
             await trio.sleep(self._broker.config.heartbeat_interval_s)
             try:
-                await self._broker.heartbeat(self.session_id, tasks=list(self._scopes))
-            except (SessionNotFound, StoreUnavailable):
-                pass  # evicted; or it counts all the same
+                # It counts from its arrival: a store that hangs does not make it late.
+                self._broker._registry.heartbeat_nowait(self.session_id, {}, (), LOCAL_OWNER)
+            except SessionNotFound:
+                return  # evicted
 
     async def _serve(self, channel: Channel, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> str:
         async for frame in channel:
             match frame.event:
                 case "hello":
-                    task_status.started()
+                    if not self._opened:
+                        self._opened = True
+                        task_status.started()
                 case "infer":
                     self._start(nursery, self._infer, frame)
                 case "wake":
@@ -135,10 +147,15 @@ class _LocalPublisher:
             if work == self._wake:
                 self._fail(task_id, str(error) or type(error).__name__)
             else:
-                logger.exception("the handler of %s failed", self._spec.name)
-                self._fail(task_id, f"The model's handler raised {type(error).__name__}.")
+                self._handler_failed(task_id, error)
         finally:
             del self._scopes[task_id]
+
+    def _handler_failed(self, task_id: str, error: Exception) -> None:
+        # Where, and not what: its text may hold the prompt.
+        where = "".join(traceback.format_tb(error.__traceback__))
+        logger.error("the handler of %s raised %s\n%s", self._spec.name, type(error).__name__, where)
+        self._fail(task_id, f"The model's handler raised {type(error).__name__}.")
 
     def _fail(self, task_id: str, message: str) -> None:
         try:
@@ -163,9 +180,26 @@ class _LocalPublisher:
             streamed = request.stream and not isinstance(result, bytes)
             result = InferReply(result, content_type="text/event-stream" if streamed else "application/json")
         with self._broker.open_upload(task_id, status=result.status, content_type=result.content_type) as upload:
-            if isinstance(result.body, bytes):
-                await upload.send(result.body)
-            else:
-                async for piece in result.body:
-                    await upload.send(piece)
+            try:
+                if isinstance(result.body, bytes):
+                    await upload.send(result.body)
+                else:
+                    async with _closing(result.body):
+                        async for piece in result.body:
+                            await upload.send(piece)
+            except TaskOver:
+                raise
+            except Exception as error:
+                self._handler_failed(task_id, error)  # before the upload breaks off, which would say less
+                return
             await upload.finish()
+
+
+@asynccontextmanager
+async def _closing(pieces: AsyncIterator[bytes]) -> AsyncIterator[None]:
+    """Close a generator where its reader leaves it: left to the collector it would hold on to what it holds."""
+    try:
+        yield
+    finally:
+        if isinstance(pieces, AsyncGenerator):
+            await pieces.aclose()
