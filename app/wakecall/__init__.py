@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .http import create_app
     from .local import InferReply
     from .models import InferRequest, LLMSpec, Status
-    from .serve import ServeConfig, serve
+    from .serving import CannotBind, NotLoopback, ServeConfig, Stop, serve
     from .session import Channel
     from .store import MemoryStore, Store, StoreError
     from .store.sqlite import open_sqlite_store
@@ -24,16 +24,19 @@ __version__ = "0.1.0"
 __all__ = [
     "Broker",
     "BrokerConfig",
+    "CannotBind",
     "Channel",
     "Infer",
     "InferReply",
     "InferRequest",
     "LLMSpec",
     "MemoryStore",
+    "NotLoopback",
     "Reader",
     "Reply",
     "ServeConfig",
     "Status",
+    "Stop",
     "Store",
     "StoreError",
     "Upload",
@@ -49,16 +52,19 @@ __all__ = [
 _HOMES = {
     "Broker": ".broker",
     "BrokerConfig": ".config",
+    "CannotBind": ".serving",
     "Channel": ".session",
     "Infer": ".task",
     "InferReply": ".local",
     "InferRequest": ".models",
     "LLMSpec": ".models",
     "MemoryStore": ".store",
+    "NotLoopback": ".serving",
     "Reader": ".task",
     "Reply": ".task",
-    "ServeConfig": ".serve",
+    "ServeConfig": ".serving",
     "Status": ".models",
+    "Stop": ".serving",
     "Store": ".store",
     "StoreError": ".store",
     "Upload": ".upload",
@@ -66,14 +72,13 @@ _HOMES = {
     "create_app": ".http",
     "open_broker": ".broker",
     "open_sqlite_store": ".store.sqlite",
-    "serve": ".serve",
+    "serve": ".serving",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Kept, so that it is not asked for again; and so that `serve` is the function, not the module that its import puts
-    # into its place.
+    # Kept, so that it is not asked for again.
     value = globals()[name] = getattr(import_module(_HOMES[name], __name__), name)
     return value

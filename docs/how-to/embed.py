@@ -8,8 +8,7 @@ from collections.abc import AsyncIterator
 import httpx2
 import trio
 
-from wakecall import Broker, BrokerConfig, InferRequest, WakecallError, open_broker
-from wakecall.serve import ServeConfig, serve
+from wakecall import Broker, BrokerConfig, InferRequest, ServeConfig, WakecallError, open_broker, serve
 
 
 async def shout(request: InferRequest) -> bytes | AsyncIterator[bytes]:

@@ -12,10 +12,9 @@ from typing import Any
 
 import trio
 
-from wakecall import BrokerConfig, open_broker, open_sqlite_store
+from wakecall import BrokerConfig, ServeConfig, open_broker, open_sqlite_store, serve
 from wakecall.http.server import hypercorn_config, serve_app
 from wakecall.http.sockets import bind
-from wakecall.serve import ServeConfig, serve
 
 ANSWER = b'{"choices":[{"message":{"role":"assistant","content":"' + b"x" * 300 + b'"}}]}'
 EVENT = b'data: {"choices":[{"delta":{"content":"' + b"y" * 136 + b'"}}]}\n\n'

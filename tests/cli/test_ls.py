@@ -18,9 +18,8 @@ import pytest
 import trio
 
 from tests.cli.processes import PATIENCE_S, call, environment
-from wakecall import Broker, LLMSpec, Status, open_broker
+from wakecall import Broker, LLMSpec, ServeConfig, Status, open_broker, serve
 from wakecall.cli.ls import age
-from wakecall.serve import ServeConfig, serve
 from wakecall.testing import FakePublisher
 
 LONG = "a-name-that-is-" + "rather-" * 14 + "long"

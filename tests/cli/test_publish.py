@@ -16,11 +16,10 @@ import pytest
 import trio
 
 from tests.cli.processes import call, run_wakecall
-from wakecall import Broker, open_broker
+from wakecall import Broker, ServeConfig, open_broker, serve
 from wakecall.cli.demo_engine import serve_demo_engine
 from wakecall.cli.publish import sentence
 from wakecall.publisher import PublisherEvent, RegisteredModel, events
-from wakecall.serve import ServeConfig, serve
 
 
 @dataclass

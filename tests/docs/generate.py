@@ -23,13 +23,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.docs import cli_options
 from tests.docs.pages import DOCS
-from wakecall import errors, lifecycle
+from wakecall import ServeConfig, errors, lifecycle
 from wakecall.broker import open_broker
 from wakecall.config import BrokerConfig
 from wakecall.errors import WakecallError
 from wakecall.http.metrics import Metrics
 from wakecall.models import InferRequest, LLMSpec, Status
-from wakecall.serve import ServeConfig
 from wakecall.testing import FakePublisher
 
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

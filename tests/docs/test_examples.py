@@ -19,11 +19,11 @@ import pytest
 import trio
 
 from tests.docs.pages import DOCS, ROOT, Block, blocks, read
+from wakecall import ServeConfig, serve
 from wakecall.broker import open_broker
 from wakecall.cli import main as wakecall
 from wakecall.cli.demo_engine import main as demo_engine
 from wakecall.models import ChannelEvent, Event, InferRequest
-from wakecall.serve import ServeConfig, serve
 
 README = ROOT / "README.md"
 EMBED = DOCS / "how-to/embed.py"

@@ -47,15 +47,15 @@ LAYERS = {
     ),
     # The agent knows the wire, never the broker.
     "publisher": Layer("publisher publisher.*", "pure", "trio httpx2 msgspec platformdirs"),
-    "serve": Layer("serve", "pure sqlite store broker http package", "trio hypercorn platformdirs"),
+    "serving": Layer("serving", "pure sqlite store broker http package", "trio hypercorn platformdirs"),
     # An engine like any other: it does not know what it stands behind.
     "demo_engine": Layer("cli.demo_engine cli.demo_replies", "", "trio h11 msgspec click"),
     "cli": Layer(
         "cli cli.* __main__",
-        "pure sqlite store broker http publisher serve package demo_engine",
+        "pure sqlite store broker http publisher serving package demo_engine",
         "trio httpx2 msgspec click rich platformdirs",
     ),
-    "package": Layer("@", "pure store sqlite broker http serve", ""),
+    "package": Layer("@", "pure store sqlite broker http serving", ""),
 }
 
 # The only standard modules of the pure layer.
@@ -65,8 +65,8 @@ PURE_STDLIB = "__future__ collections dataclasses enum functools itertools json 
 RESERVED_STDLIB = {
     "asyncio": "",
     "sqlite3": "sqlite",
-    "socket": "http publisher serve cli",
-    "ssl": "http publisher serve",
+    "socket": "http publisher serving cli",
+    "ssl": "http publisher serving",
     "http": "",
     "urllib.request": "",
     "subprocess": "publisher cli demo_engine",
@@ -154,7 +154,7 @@ def test_arrows_point_down(module: str) -> None:
 @pytest.fixture
 def the_whole_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     """The modules that the examples below speak of, whether they are there or not."""
-    for module in ("errors", "models", "broker", "http", "publisher", "serve", "cli", "store", "store.sqlite"):
+    for module in ("errors", "models", "broker", "http", "publisher", "serving", "cli", "store", "store.sqlite"):
         monkeypatch.setitem(MODULES, module, Path())
 
 
@@ -180,10 +180,10 @@ def the_whole_tree(monkeypatch: pytest.MonkeyPatch) -> None:
         ("store.base", "from .sqlite import SqliteStore"),
         ("http.app", "from ..store.sqlite import SqliteStore"),
         ("http.app", "from ..publisher import agent"),
-        ("http.app", "from ..serve import serve"),
+        ("http.app", "from ..serving import serve"),
         ("publisher.agent", "from ..broker import Broker"),
         ("publisher.agent", "from ..store import Store"),
-        ("serve", "from .cli import main"),
+        ("serving", "from .cli import main"),
         ("testing", "from .http import create_app"),
         ("cli.demo_engine", "from ..broker import open_broker"),
         ("cli.demo_engine", "import httpx2"),
@@ -208,7 +208,7 @@ def test_an_arrow_that_points_up_is_found(module: str, source: str) -> None:
         ("broker", "import time, trio\nfrom . import errors, models\nfrom .store import Store"),
         ("http.app", "from quart_trio import QuartTrio\nfrom ..broker import Broker\nfrom .errors import table"),
         ("publisher.agent", "import subprocess, httpx2\nfrom ..errors import WakecallError"),
-        ("cli.main", "from ..serve import serve\nfrom ..store.sqlite import SqliteStore"),
+        ("cli.main", "from ..serving import serve\nfrom ..store.sqlite import SqliteStore"),
     ],
 )
 @pytest.mark.usefixtures("the_whole_tree")

@@ -39,7 +39,7 @@ from ..publisher import (
     Waking,
     run_publisher,
 )
-from ..serve import ServeConfig, serve
+from ..serving import ServeConfig, serve
 from . import VERBS
 from .common import SectionedCommand, handle_signals, option
 from .demo_replies import MODEL

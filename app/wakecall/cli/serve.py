@@ -16,7 +16,7 @@ import trio
 
 from ..broker import Broker, open_broker
 from ..config import BrokerConfig
-from ..serve import CannotBind, NotLoopback, ServeConfig, Stop, serve
+from ..serving import CannotBind, NotLoopback, ServeConfig, Stop, serve
 from ..store import StoreError
 from ..store.sqlite import open_sqlite_store
 from . import VERBS

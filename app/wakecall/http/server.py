@@ -16,7 +16,9 @@ from wakecall.http.barrier import Barrier, BarrierSettings, barrier_of, install_
 
 __all__ = ["hypercorn_config", "serve_app"]
 
-logger = logging.getLogger("wakecall.server")
+# Hypercorn's own: that it runs, and where, is ours to say.
+hypercorn_logger = logging.getLogger("wakecall.server.hypercorn")
+hypercorn_logger.setLevel(logging.WARNING)
 
 
 def hypercorn_config(settings: BarrierSettings | None = None) -> Config:
@@ -37,7 +39,7 @@ def hypercorn_config(settings: BarrierSettings | None = None) -> Config:
     config.graceful_timeout = settings.grace_s
     config.include_server_header = False
     config.accesslog = None
-    config.errorlog = logger
+    config.errorlog = hypercorn_logger
     return config
 
 
