@@ -309,9 +309,10 @@ async def test_an_answer_that_can_have_no_body_has_none(served: Served, status: 
             await wire.send(
                 b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
             )
-            await publisher.answer(await publisher.next("infer"), b"", f"Wakecall-Status: {status}", JSON)
+            await publisher.answer(await publisher.next("infer"), b"dropped", f"Wakecall-Status: {status}", JSON)
             answer = await wire.read_answer("POST")
             assert (answer.status, answer.body, answer.is_cut) == (status, b"", False)
+            assert answer.headers.get("content-length") == ("0" if status == 205 else None)
 
 
 async def test_an_empty_answer_is_an_answer(served: Served) -> None:

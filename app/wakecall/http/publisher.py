@@ -205,7 +205,6 @@ async def _take(call: Call, upload: Upload) -> None:
         ClientGone: the publisher broke off.
     """
     with upload:
-        call.exchange.on_disconnect(upload.abort)
         waiting = trio.CancelScope()
         upload.on_over(waiting.cancel)
         with waiting:

@@ -1,0 +1,256 @@
+"""A peer leaves while the app is stuck in a write to it, or the server stops: nothing in the broker waits for a socket."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from tests.http.served import SSE, Served, head, open_served, wait_until
+from tests.http.wire import Wire, open_server
+from wakecall.broker import open_broker
+from wakecall.config import BrokerConfig
+from wakecall.http import create_app
+from wakecall.http.answers import stream_answer
+from wakecall.http.guard import Exchange
+from wakecall.http.metrics import Metrics
+from wakecall.http.relay import EventsBody
+from wakecall.models import InferSettled, LLMSpec, Statistics, Status
+
+STREAM = {"model": "qwen", "stream": True}
+
+
+async def fill(wire: Wire, upload: Any) -> None:
+    """Send events until the client's connection takes no more."""
+    while True:
+        with trio.move_on_after(0.3) as stuck:
+            await upload.send(b"data: %b\n\n" % (b"x" * 65528))
+        if stuck.cancelled_caught:
+            return
+
+
+async def test_a_client_that_leaves_behind_a_stuck_write_cancels_its_infer(served: Served) -> None:
+    """It reads nothing, then only says that it will send no more: its slot is free at once."""
+    body = json.dumps(STREAM).encode()
+    async with served.publishing() as publisher, served.server.connect(receive_buffer=4096) as client:
+        await client.send(head("POST", "/v1/completions", f"content-length: {len(body)}") + body)
+        frame = await publisher.next("infer")
+        async with publisher.upload(frame, SSE) as upload:
+            await fill(client, upload)
+            await client.half_close()
+            assert (await publisher.next("cancel")).task_id == frame.task_id
+            assert served.broker.statistics().in_flight == 0
+
+
+async def test_a_publisher_that_leaves_behind_a_stuck_write_loses_its_rows(served: Served) -> None:
+    """It takes no frames, then leaves: whoever waits for it knows at once."""
+    await served.register("laptop", {"name": "qwen"})
+    async with trio.open_nursery() as nursery, served.server.connect(receive_buffer=4096) as channel:
+        await channel.send(head("GET", "/publisher/v1/sessions/laptop/frames"))
+        await wait_until(lambda: served.broker.statistics().channels == 1)
+        codes: list[str] = []
+
+        async def call() -> None:
+            codes.append((await served.call({"model": "qwen", "pad": "x" * 60_000})).code)
+
+        for _ in range(120):
+            nursery.start_soon(call)
+        await wait_until(lambda: served.broker.statistics().accepted == 120)
+        await channel.half_close()
+        await wait_until(lambda: len(codes) == 120)
+        assert set(codes) <= {"publisher_disconnected", "model_offline"}
+        assert served.broker.llm("qwen").status is Status.INACTIVE
+
+
+@pytest.mark.parametrize("wants_stream", [False, True])
+async def test_a_server_that_stops_leaves_nothing_in_flight(wants_stream: bool) -> None:
+    """Though the broker, an embedder's, goes on."""
+    async with open_broker() as broker:
+        await broker.register("laptop", [LLMSpec("qwen")])
+        async with broker.open_channel("laptop") as channel:
+            await channel.receive()
+            async with open_server(create_app(broker)) as server, server.connect() as client:
+                body = json.dumps(STREAM | {"stream": wants_stream}).encode()
+                await client.send(head("POST", "/v1/completions", f"content-length: {len(body)}") + body)
+                (infer,) = await channel.receive()
+                if wants_stream:
+                    await broker.push_chunk(
+                        infer.data["task_id"], b"data: 1\n\n", offset=0, content_type="text/event-stream"
+                    )
+                    await client.read_some()
+                assert broker.statistics().in_flight == 1
+            assert broker.statistics().in_flight == 0
+            assert broker.statistics().cancelled == 1
+
+
+class Asgi:
+    """The app called directly, by a server whose writes get stuck: they can be `shielded`, as Hypercorn's are, or not."""
+
+    def __init__(self, target: str, body: bytes, *, shielded: bool) -> None:
+        self.shielded = shielded
+        self.sending = trio.Event()
+        self.unstick = trio.Event()
+        self.leave = trio.Event()
+        self._requests = [{"type": "http.request", "body": body, "more_body": False}]
+        self.scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST" if body else "GET",
+            "scheme": "http",
+            "path": target,
+            "raw_path": target.encode(),
+            "query_string": b"",
+            "headers": [(b"host", b"localhost"), (b"content-length", b"%d" % len(body))],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+        }
+
+    async def receive(self) -> Any:
+        if self._requests:
+            return self._requests.pop()
+        await self.leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, _: Any) -> None:
+        self.sending.set()
+        # Longer than a test may take; but a test that fails is to end.
+        with trio.move_on_after(20, shield=self.shielded):
+            await self.unstick.wait()
+
+
+FRAMES = "/publisher/v1/sessions/laptop/frames"
+
+
+async def test_a_channel_ends_with_its_peer_whatever_its_writes_do() -> None:
+    async with open_broker() as broker:
+        await broker.register("laptop", [LLMSpec("qwen")])
+        asgi = Asgi(FRAMES, b"", shielded=True)
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(create_app(broker), asgi.scope, asgi.receive, asgi.send)
+                await asgi.sending.wait()
+                await wait_until(lambda: broker.statistics().channels == 1)
+                asgi.leave.set()
+                await wait_until(lambda: broker.statistics().channels == 0)
+                assert not asgi.unstick.is_set()
+                asgi.unstick.set()
+
+
+async def test_an_infer_ends_with_its_client_whatever_its_writes_do() -> None:
+    async with open_broker() as broker:
+        await broker.register("laptop", [LLMSpec("qwen")])
+        asgi = Asgi("/v1/completions", json.dumps(STREAM).encode(), shielded=True)
+        with trio.fail_after(10):
+            async with broker.open_channel("laptop") as channel, trio.open_nursery() as nursery:
+                await channel.receive()
+                nursery.start_soon(create_app(broker), asgi.scope, asgi.receive, asgi.send)
+                (infer,) = await channel.receive()
+                await broker.push_chunk(infer.data["task_id"], b"x", offset=0, content_type="text/event-stream")
+                await asgi.sending.wait()
+                asgi.leave.set()
+                (cancel,) = await channel.receive()
+                assert cancel.event == "cancel"
+                assert not asgi.unstick.is_set()
+                asgi.unstick.set()
+
+
+@pytest.mark.parametrize("head_is_sent", [False, True])
+async def test_an_infer_ends_with_its_server(head_is_sent: bool) -> None:
+    """The handler is cancelled and nobody says that the peer left; also before Quart has entered the body."""
+    async with open_broker() as broker:
+        await broker.register("laptop", [LLMSpec("qwen")])
+        asgi = Asgi("/v1/completions", json.dumps(STREAM).encode(), shielded=False)
+        with trio.fail_after(10):
+            async with broker.open_channel("laptop") as channel, trio.open_nursery() as nursery:
+                await channel.receive()
+                nursery.start_soon(create_app(broker), asgi.scope, asgi.receive, asgi.send)
+                (infer,) = await channel.receive()
+                if head_is_sent:
+                    await broker.push_chunk(infer.data["task_id"], b"x", offset=0, content_type="text/event-stream")
+                    await asgi.sending.wait()
+                else:
+                    await trio.testing.wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+        assert (broker.statistics().in_flight, broker.statistics().cancelled) == (0, 1)
+
+
+async def test_a_channel_whose_head_never_went_out_ends_with_its_server() -> None:
+    async with open_broker() as broker:
+        await broker.register("laptop", [LLMSpec("qwen")])
+        asgi = Asgi(FRAMES, b"", shielded=False)
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(create_app(broker), asgi.scope, asgi.receive, asgi.send)
+                await asgi.sending.wait()
+                nursery.cancel_scope.cancel()
+        assert broker.statistics().channels == 0
+
+
+# Bodies on the virtual clock ----------------------------------------------------------------------------------------
+
+
+class NoAnswer:
+    """An infer whose answer does not come."""
+
+    cancelled = False
+
+    async def wait_head(self) -> Any:
+        await trio.sleep_forever()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+async def test_comments_come_at_the_tenth_second_and_every_ten_from_then(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """The body begins at the tenth second: its first comment is due then, not ten seconds later."""
+    infer: Any = NoAnswer()
+    exchange: Any = None
+    body = EventsBody(infer, None, exchange, "/v1/chat/completions", BrokerConfig())
+    start = trio.current_time()
+    for expected in (0, 10, 20, 30):
+        assert await anext(body) == b": waiting\n\n"
+        assert trio.current_time() - start == pytest.approx(expected)
+    await body.aclose()
+    assert infer.cancelled
+
+
+def test_a_streamed_answer_has_no_timeout() -> None:
+    """Quart would cut it after its own, and call it complete."""
+    infer: Any = NoAnswer()
+    exchange: Any = Exchange
+    body = EventsBody(infer, None, exchange, "/v1/messages", BrokerConfig())
+    assert stream_answer(body, "text/event-stream").timeout is None
+
+
+def test_a_code_that_is_not_ours_is_counted_as_other() -> None:
+    """A label's values are few, whatever publishers call their failures."""
+
+    class Quiet:
+        def add_observer(self, observer: Any) -> None:
+            self.observe = observer
+
+        def statistics(self) -> Statistics:
+            return Statistics(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, {}, 0)
+
+    broker: Any = Quiet()
+    metrics = Metrics(broker)
+    for code in ("publisher_error", "their-own"):
+        broker.observe(InferSettled("t", None, "qwen", "failed", code, "idle", 1.0, None, None))
+    text = metrics.render().decode()
+    assert 'wakecall_infer_outcomes_total{code="publisher_error",outcome="failed"} 1.0' in text
+    assert 'wakecall_infer_outcomes_total{code="other",outcome="failed"} 1.0' in text
+    assert "their-own" not in text
+
+
+async def test_invariant_one_is_checked_by_the_fixture_itself() -> None:
+    """A broker whose counters disagree fails the test that used it."""
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with open_served() as served:
+            served.broker._directory.counters.accepted += 1
+    assert caught.group_contains(AssertionError)
