@@ -142,15 +142,20 @@ class FakePublisher:
         assert self.channel is not None
         self.channel.disconnect()
 
-    async def next(self, event: str) -> Frame:
-        """The next frame of this event that no earlier call has returned; those of other events stay for theirs."""
-        while True:
-            for place in range(self._seen.get(event, 0), len(self.frames)):
-                if self.frames[place].event == event:
-                    self._seen[event] = place + 1
-                    return self.frames[place]
-            self._seen[event] = len(self.frames)
-            await self._news.wait()
+    async def next(self, event: str, *, within_s: float = 3600.0) -> Frame:
+        """The next frame of this event that no earlier call has returned; those of other events stay for theirs.
+
+        Raises:
+            trio.TooSlowError: none came in time. (On a virtual clock, where a wait for nothing would spin for ever.)
+        """
+        with trio.fail_after(within_s):
+            while True:
+                for place in range(self._seen.get(event, 0), len(self.frames)):
+                    if self.frames[place].event == event:
+                        self._seen[event] = place + 1
+                        return self.frames[place]
+                self._seen[event] = len(self.frames)
+                await self._news.wait()
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """The data of all frames of this event so far."""

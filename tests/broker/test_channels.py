@@ -9,7 +9,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.broker.helpers import CALL, STREAM, codes, start_call, start_calls, statuses, view
 from wakecall import BrokerConfig, InferRequest, LLMSpec, Status
-from wakecall.errors import SessionNotFound, ShuttingDown
+from wakecall.errors import PublisherLostWhileWaking, SessionNotFound, ShuttingDown
 from wakecall.testing import FakePublisher, open_test_broker
 
 ACTIVE, HIBERNATING, INACTIVE = Status.ACTIVE, Status.HIBERNATING, Status.INACTIVE
@@ -255,6 +255,30 @@ async def test_of_several_that_wait_the_latest_wins(autojump_clock):
             assert statuses(broker) == {"qwen": ACTIVE}
         assert statuses(broker) == {"qwen": INACTIVE}
         assert len(publisher.events("bye")) == 1
+
+
+async def test_a_newer_one_is_current_only_when_the_older_one_has_been_joined(autojump_clock):
+    """Nothing of an old epoch can act once the new one is current. Repeated: Trio runs what is ready in random order."""
+    async with open_test_broker() as broker, FakePublisher(broker, "laptop", ["qwen"]) as publisher:
+        joined = []
+        older = publisher.channel
+        broker.add_observer(lambda e: joined.append(older.joined.is_set()) if e.event == "open" else None)
+        for _ in range(20):
+            older = await publisher.connect()
+        assert joined == [True] * 20
+
+
+async def test_a_successor_that_vanishes_fails_those_who_came_to_have_the_row_woken(autojump_clock):
+    async with (
+        open_test_broker() as broker,
+        FakePublisher(broker, "laptop", [LLMSpec("qwen", status=HIBERNATING)]),
+    ):
+        async with broker.open_channel("laptop"):
+            infer = broker.infer_nowait("qwen", CALL)
+        with pytest.raises(PublisherLostWhileWaking) as caught:
+            await infer.wait_head()
+        assert (caught.value.code, caught.value.retry_after_s) == ("publisher_disconnected", 2)
+        assert statuses(broker) == {"qwen": INACTIVE}
 
 
 async def test_a_successor_that_vanishes_before_it_is_current_takes_the_rows_with_it(autojump_clock):

@@ -21,7 +21,7 @@ class FakeStore(MemoryStore):
         super().__init__()
         self.failing = False
         self.hanging = False
-        self.gate = trio.Event()
+        self.gate = None  # an event: writes wait for it
         self.batches = []  # every one that was tried
         self.busy = 0
 
@@ -32,7 +32,8 @@ class FakeStore(MemoryStore):
             self.batches.append(batch)
             if self.hanging:
                 await trio.sleep_forever()
-            await trio.lowlevel.checkpoint()
+            if self.gate is not None:
+                await self.gate.wait()
             if self.failing:
                 raise StoreError("disk full")
             await super().write(batch)
@@ -246,6 +247,31 @@ async def test_a_batch_that_failed_goes_under_what_was_decided_meanwhile(autojum
         assert seen == sorted(seen)
         assert store.held() == {"qwen": HIBERNATING, "new": ACTIVE}
         assert store._llms["qwen"] == view(broker).llm
+
+
+async def test_what_is_decided_during_a_write_that_fails_is_not_undone_by_its_repetition(autojump_clock):
+    store = FakeStore()
+    async with (
+        open_test_broker(store=store) as broker,
+        FakePublisher(broker, "laptop", ["qwen"]) as publisher,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def say(status):
+            with pytest.raises(StoreUnavailable):
+                await publisher.heartbeat({"qwen": status})
+
+        await wait_all_tasks_blocked()
+        store.failing, store.gate = True, trio.Event()
+        nursery.start_soon(say, ACTIVE)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(say, HIBERNATING)
+        await wait_all_tasks_blocked()
+        store.gate.set()
+        await trio.sleep(2)
+        store.failing = False
+        await trio.sleep(6)
+        assert store.held() == {"qwen": HIBERNATING}
 
 
 async def publisher_says(publisher, broker):
