@@ -78,7 +78,9 @@ class Exchange:
         await self.stream.send_all(self.connection.send(h11.Data(data=data)) or b"")
 
     async def finish(self) -> None:
-        await self.stream.send_all(self.connection.send(h11.EndOfMessage()) or b"")
+        # Behind a Content-Length there is nothing to send, and the peer that has it all may have closed already.
+        if rest := self.connection.send(h11.EndOfMessage()):
+            await self.stream.send_all(rest)
 
     async def respond(self, status: int, body: bytes = b"", content_type: str = "application/json") -> None:
         await self.start(status, {"content-type": content_type, "content-length": str(len(body))})
