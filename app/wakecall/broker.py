@@ -4,8 +4,9 @@
         async with broker.infer("qwen", InferRequest("/v1/chat/completions", body)) as reply:
             async for chunk in reply: ...
 
-The work is done below: `directory` holds the state, `dispatch` the infers and wakes, `registry` the sessions, `journal` the
-way to the store. Here they are put together, given a nursery, and shown as one thing.
+The work is done below: `directory` holds the state, `registry` the sessions, `dispatch` the infers and wakes, `upload`
+takes their answers in, `journal` brings decisions to the store, `views` shows how it all stands. Here they are put
+together, given a nursery, and shown as one thing.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Literal
 
 import trio
 
+from . import views
 from .config import BrokerConfig
 from .directory import Directory, Row
 from .dispatch import Dispatcher
@@ -29,7 +30,6 @@ from .models import (
     Event,
     HeartbeatReply,
     InferRequest,
-    Kind,
     LLMSpec,
     LLMView,
     Registered,
@@ -43,8 +43,8 @@ from .models import (
 from .registry import Registry
 from .session import Channel
 from .store.base import MemoryStore, Store
-from .task import Infer, InferState, Reply
-from .upload import Upload
+from .task import Infer, Reply
+from .upload import Intake, Upload
 from .wake import Wake
 
 __all__ = ["Broker", "open_broker"]
@@ -66,6 +66,7 @@ class Broker:
         self._journal = Journal(store)
         self._directory = Directory(config, self._journal)
         self._dispatcher = Dispatcher(self._directory)
+        self._intake = Intake(self._directory, self._dispatcher)
         self._registry = Registry(self._directory, self._dispatcher, lambda: self._nursery)
         self._directory.load(snapshot)
 
@@ -101,27 +102,7 @@ class Broker:
 
     def statistics(self) -> Statistics:
         """The counters, as they stand in this instant."""
-        directory, counters = self._directory, self._directory.counters
-        by_status = {Status.ACTIVE: 0, Status.HIBERNATING: 0, Status.INACTIVE: len(directory.inactive)}
-        for row in directory.live.values():
-            by_status[row.llm.status] += 1
-        ended = counters.wakes_succeeded + counters.wakes_failed
-        return Statistics(
-            accepted=counters.accepted,
-            completed=counters.completed,
-            failed=counters.failed,
-            cancelled=counters.cancelled,
-            waiting=counters.waiting,
-            in_flight=counters.in_flight,
-            wakes_started=counters.wakes_started,
-            wakes_succeeded=counters.wakes_succeeded,
-            wakes_failed=counters.wakes_failed,
-            wakes_in_flight=counters.wakes_started - ended,
-            sessions=len(directory.sessions),
-            channels=sum(1 for session in directory.sessions.values() if session.channel is not None),
-            llms=by_status,
-            public_llms=len(directory.rows) - len(directory.live) - len(directory.inactive),
-        )
+        return views.statistics(self._directory)
 
     # Publishers -----------------------------------------------------------------------------------------------------
 
@@ -196,11 +177,15 @@ class Broker:
             SessionNotFound: register first.
             ShuttingDown: the broker is stopping.
         """
-        channel = self._registry.open_channel(session_id, owner)
+        channel = self.open_channel_nowait(session_id, owner=owner)
         try:
             yield channel
         finally:
             channel.disconnect()
+
+    def open_channel_nowait(self, session_id: str, *, owner: str = LOCAL_OWNER) -> Channel:
+        """The same for a transport whose channel ends elsewhere: whoever holds it must call its `disconnect`."""
+        return self._registry.open_channel_nowait(session_id, owner)
 
     def publish(
         self,
@@ -261,7 +246,7 @@ class Broker:
             ResultInProgress: another upload for it is under way.
             OffsetGap, InvalidRequest: the offset leaves a gap or is missing; the status is none.
         """
-        return self._dispatcher.open_upload(task_id, owner, status, content_type, offset, final)
+        return self._intake.open_upload(task_id, owner, status, content_type, offset, final)
 
     async def push_chunk(
         self,
@@ -319,13 +304,13 @@ class Broker:
         """
         if status is not None and not 400 <= status <= 599:
             raise InvalidRequest("A failure's status is 400 to 599.", param="status")
-        task = self._dispatcher.find_task(task_id, owner)
+        task = self._intake.find_task(task_id, owner)
         logger.debug("task %s failed at its publisher (%s)", task_id, code)
-        self._dispatcher.fail(task, message, status)
+        self._intake.fail(task, message, status)
 
     def task_request(self, task_id: str, *, owner: str = LOCAL_OWNER) -> InferRequest:
         """The client's call behind an infer's frame. Raises TaskNotFound, TaskAlreadySettled, TaskCancelled."""
-        task = self._dispatcher.find_task(task_id, owner)
+        task = self._intake.find_task(task_id, owner)
         if isinstance(task, Wake):
             return InferRequest("", b"")
         return task.request
@@ -370,40 +355,20 @@ class Broker:
     def llm_views(self) -> list[LLMView]:
         """All rows by name, at work."""
         rows = self._directory.rows
-        return [_view(rows[name]) for name in sorted(rows)]
+        return [views.view_llm(rows[name]) for name in sorted(rows)]
 
     def llm_view(self, name: str) -> LLMView:
         """One row, at work. Raises ModelNotFound."""
-        return _view(self._find_row(name))
+        return views.view_llm(self._find_row(name))
 
     def session_views(self) -> list[SessionView]:
         """All sessions by id."""
         sessions = self._directory.sessions
-        return [
-            SessionView(sessions[key].record, sessions[key].channel is not None, tuple(sorted(sessions[key].rows)))
-            for key in sorted(sessions)
-        ]
+        return [views.view_session(sessions[session_id]) for session_id in sorted(sessions)]
 
     def task_views(self) -> list[TaskView]:
         """All infers and wakes under way: those sent, then those that wait, oldest first."""
-        now = trio.current_time()
-        views = []
-        for task in self._directory.tasks.values():
-            session_id = None if task.channel is None else task.channel.session_id
-            name = task.row.llm.name
-            if isinstance(task, Wake):
-                views.append(TaskView(task.task_id, "wake", name, session_id, "sent", now - task.started_at))
-            else:
-                sent: Literal["sent", "answering"] = "sent" if task.first_byte_at is None else "answering"
-                views.append(TaskView(task.task_id, "infer", name, session_id, sent, now - task.accepted_at))
-        for row in self._directory.rows.values():
-            for infer in row.waiting.values():
-                assert infer.state is InferState.WAITING
-                state: Literal["waking", "queued"] = "waking" if infer.phase == "wake" else "queued"
-                views.append(
-                    TaskView(infer.task_id, "infer", row.llm.name, row.llm.session_id, state, now - infer.accepted_at)
-                )
-        return views
+        return views.view_tasks(self._directory)
 
     async def put_public_llm(
         self, name: str, *, type: str, model: str, url: str, key_env: str | None = None
@@ -486,17 +451,6 @@ class Broker:
         if row is None:
             raise ModelNotFound
         return row
-
-
-def _view(row: Row) -> LLMView:
-    session = row.session
-    routable = (
-        row.llm.kind is Kind.VIRTUAL
-        and row.llm.status is not Status.INACTIVE
-        and session is not None
-        and session.channel is not None
-    )
-    return LLMView(row.llm, row.in_flight, len(row.waiting), row.wake is not None, routable)
 
 
 @asynccontextmanager

@@ -1,6 +1,6 @@
-"""Infers and wakes: accepting, sending, feeding and settling them.
+"""Infers and wakes: accepting, sending and settling them. (`upload` takes their answers in.)
 
-Every decision here is one synchronous step; nothing in this module but `finish_wake` awaits. A step may set off others (a
+Every decision here is one synchronous step. A step may set off others (a
 settled infer frees its slot, which sends the next one), and it goes like this:
 
 1. the task leaves the place it was in: its line, or its slot and its channel;
@@ -24,23 +24,14 @@ from .directory import Directory, Row
 from .errors import (
     DeadlineExceeded,
     InferCancelled,
-    InvalidRequest,
     ModelNotFound,
     ModelOffline,
-    OffsetGap,
     Phase,
     PublisherDisconnected,
-    PublisherError,
     PublisherLostWhileWaking,
     QueueFull,
-    ResultInProgress,
     ShuttingDown,
-    TaskAlreadySettled,
-    TaskCancelled,
-    TaskNotFound,
-    TaskOver,
     WakecallError,
-    WakeFailed,
     WakeTimeout,
 )
 from .frames import CancelReason
@@ -48,16 +39,12 @@ from .lifecycle import RowEvent
 from .models import InferRequest, InferSettled, Status, WakeSettled
 from .placement import Placement, RowLoad, place
 from .task import Infer, InferState
-from .upload import Upload
 from .wake import Wake
 
 if TYPE_CHECKING:
     from .session import Channel
 
 __all__ = ["Dispatcher"]
-
-#: How much of a failed wake's text is its message, in bytes.
-_WAKE_TEXT_BYTES: Final = 1024
 
 #: How fast the estimate of a row's service time follows what is measured.
 _SERVICE_WEIGHT: Final = 0.2
@@ -223,101 +210,7 @@ class Dispatcher:
                 _, infer = row.waiting.popitem(last=False)
                 self._send(infer)
 
-    # Feeding --------------------------------------------------------------------------------------------------------
-
-    def open_upload(
-        self, task_id: str, owner: str, status: int, content_type: str | None, offset: int | None, final: bool
-    ) -> Upload:
-        """See `Broker.open_upload`."""
-        if not 200 <= status <= 599:
-            raise InvalidRequest("An engine's status is 200 to 599.", param="Wakecall-Status")
-        task = self.find_task(task_id, owner)
-        if task.upload is not None:
-            raise ResultInProgress
-        if offset is None and (task.pieces or not final):
-            raise InvalidRequest("A result in pieces says where each begins.", param="Wakecall-Offset")
-        if offset is not None:
-            if offset < 0:
-                raise InvalidRequest("An offset is a number of bytes.", param="Wakecall-Offset")
-            if offset > task.received:
-                raise OffsetGap(f"This piece begins at {offset}; {task.received} bytes have arrived.")
-            task.pieces = True
-        upload = Upload(self, task, status, content_type, 0 if offset is None else task.received - offset, final)
-        task.upload = upload
-        return upload
-
-    def find_task(self, task_id: str, owner: str) -> Infer | Wake:
-        """A task that is under way at this owner's publisher.
-
-        Raises:
-            TaskNotFound, TaskAlreadySettled, TaskCancelled: it is not.
-        """
-        task = self._directory.tasks.get(task_id)
-        if task is None:
-            remembered = self._directory.recall(task_id)
-            if remembered is not None and remembered.owner == owner:
-                raise self.over_error(task_id)
-            raise TaskNotFound
-        assert task.channel is not None
-        if task.channel.session.record.owner != owner:
-            raise TaskNotFound
-        return task
-
-    def over_error(self, task_id: str) -> TaskOver:
-        """What a publisher is told of a task that is over."""
-        remembered = self._directory.recall(task_id)
-        if remembered is None:
-            return TaskNotFound()
-        return TaskAlreadySettled() if remembered.by_publisher else TaskCancelled()
-
-    def feed(self, infer: Infer, data: bytes, status: int, content_type: str | None) -> None:
-        """A piece of an answer has arrived."""
-        config, now = self._config, trio.current_time()
-        if infer.first_byte_at is None:
-            self._take_head(infer, now, status, content_type)
-        infer.received += len(data)
-        infer.last_byte_at = now
-        infer.stream.put_nowait(data, now)
-        due = now + min(config.idle_s, config.peer_stall_s)
-        assert infer.deadline is not None
-        if due < infer.deadline.due:
-            assert infer.channel is not None
-            infer.channel.deadlines.arm(infer.deadline, due)
-
-    def feed_wake(self, wake: Wake, data: bytes) -> None:
-        """A piece of a wake's result: only the beginning of its text is kept."""
-        wake.received += len(data)
-        wake.text += data[: _WAKE_TEXT_BYTES - len(wake.text)]
-
-    def _take_head(self, infer: Infer, now: float, status: int, content_type: str | None) -> None:
-        infer.first_byte_at = now
-        infer.engine_status = status
-        infer.content_type = content_type
-        infer.phase = "idle"
-        infer.head_ready.set()
-
     # Settling infers ------------------------------------------------------------------------------------------------
-
-    def complete(self, infer: Infer, status: int, content_type: str | None) -> None:
-        """The last byte of its answer is in."""
-        if infer.first_byte_at is None:
-            self._take_head(infer, trio.current_time(), status, content_type)
-        self.settle(infer, "completed", None)
-
-    def break_off(self, task: Infer | Wake) -> None:
-        """The upload that was to end it broke off."""
-        message = "The publisher's answer broke off."
-        if isinstance(task, Wake):
-            self.settle_wake(task, "failed", WakeFailed(message), by_publisher=True)
-        else:
-            self.settle(task, "failed", PublisherError(message), by_publisher=True)
-
-    def fail(self, task: Infer | Wake, message: str, status: int | None) -> None:
-        """Its publisher says that it failed."""
-        if isinstance(task, Wake):
-            self.settle_wake(task, "failed", WakeFailed(message or None), by_publisher=True)
-        else:
-            self.settle(task, "failed", PublisherError(message or None, status=status), by_publisher=True)
 
     def cancel(self, infer: Infer) -> None:
         """Its caller leaves."""
@@ -428,19 +321,6 @@ class Dispatcher:
     def _on_wake_due(self, wake: Wake) -> None:
         self.settle_wake(wake, "timed_out", WakeTimeout(), cancel="deadline_exceeded")
 
-    async def finish_wake(self, wake: Wake, status: int) -> None:
-        """Its result is in: any 2xx means awake. Returns once that is committed.
-
-        Raises:
-            StoreUnavailable: it counts, but is not committed yet.
-        """
-        if not 200 <= status <= 299:
-            text = bytes(wake.text).decode("utf-8", "replace").strip()
-            self.settle_wake(wake, "failed", WakeFailed(text or None), by_publisher=True)
-            return
-        self.settle_wake(wake, "succeeded", None, by_publisher=True)
-        await self._directory.journal.commit().wait()
-
     def settle_wake(
         self,
         wake: Wake,
@@ -492,10 +372,8 @@ class Dispatcher:
         what makes it inactive fails them, and what puts it to sleep with some still waiting wakes it for them."""
         if row.wake is not None:
             hibernating = row.llm.status is Status.HIBERNATING
-            if hibernating and event in (RowEvent.REGISTER_HIBERNATING, RowEvent.REPORT_HIBERNATING):
-                # While a wake is under way it is ignored: it was said before the wake was heard of.
-                event = RowEvent.REVIVE
-            elif event is RowEvent.REGISTER_ACTIVE or (hibernating and event is RowEvent.REPORT_ACTIVE):
+            # `hibernating` needs nothing said: it was sent before the wake was heard of, and changes nothing.
+            if event is RowEvent.REGISTER_ACTIVE or (hibernating and event is RowEvent.REPORT_ACTIVE):
                 # It counts as the wake's success, and does what this event would have done.
                 self.settle_wake(row.wake, "succeeded", None, by_publisher=True)
         self._directory.step(row, event, bump=bump)
@@ -533,7 +411,9 @@ class Dispatcher:
             self.settle_wake(row.wake, "lost", ModelOffline(), cancel="shutdown")
         for task in list(self._directory.tasks.values()) if row.in_flight else ():
             if isinstance(task, Infer) and task.row is row:
-                self.settle(task, "failed", ModelOffline(), cancel="shutdown")
+                # Its publisher may have generated already: nobody is to repeat it.
+                error = PublisherDisconnected("The model was deleted while it worked on this request.")
+                self.settle(task, "failed", error, cancel="shutdown")
 
 
 def _out_of_time(phase: Phase) -> DeadlineExceeded:

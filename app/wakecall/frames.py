@@ -16,8 +16,11 @@ ByeReason = Literal["superseded", "stale", "goodbye", "evicted", "shutdown"]
 #: A comment: whoever waits for frames hears that the line is alive.
 KEEPALIVE: Final = b": keep-alive\n\n"
 
-#: What a frame weighs beside its body: names, ids and punctuation, generously.
+#: What an infer's frame weighs beside its body: names, ids and punctuation, generously.
 _FRAME_OVERHEAD: Final = 1024
+
+#: What any other frame weighs. A `cancel` cannot be held back, so that many callers leaving at once must not weigh much.
+_SMALL_FRAME: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class Frame:
     event: str
     data: dict[str, Any]
     id: str
-    weight: int = _FRAME_OVERHEAD
+    weight: int = _SMALL_FRAME
 
 
 def encode(frame: Frame) -> bytes:

@@ -1,9 +1,10 @@
 """What has been decided, on its way to the store.
 
-The broker decides in memory and puts the new record here in the same step; one writer commits whatever has gathered since
-its last commit (group commit). Only the last state of each row and session is kept, so the journal is bounded by what there
-is, even with a disk that has been full for days. An acknowledgement waits for the commit that carries its step; if that
-fails it is refused with `StoreUnavailable`, but the step stays, and the writer repeats it until it is down.
+The broker decides in memory and puts the new record here in the same step; one writer commits whatever has gathered
+since its last commit (group commit). Only the last state of each row and session is kept, so the journal is bounded by
+what there is and, while the store is down, by a number (`is_overfull`). An acknowledgement waits for the commit that
+carries its step; if that fails it is refused with `StoreUnavailable`, but the step stays, and the writer repeats it until
+it is down.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ logger = logging.getLogger("wakecall.store")
 
 _FIRST_RETRY_S = 0.25
 _LAST_RETRY_S = 5.0
+_MOST_WHILE_DOWN = 100_000
 
 
 class Commit:
@@ -71,6 +73,12 @@ class Journal:
         """A session is now so; None: it is gone."""
         self._sessions[session_id] = session
         self._work.set()
+
+    @property
+    def is_overfull(self) -> bool:
+        """Whether a store that is down has left so much here that no new names may come: what is deleted has to be
+        kept too until it is down, so publishers that come and go would fill the memory."""
+        return not self.ok and len(self._llms) + len(self._sessions) > _MOST_WHILE_DOWN
 
     def commit(self) -> Commit:
         """The commit that carries everything put so far. Call it in the step that put it."""

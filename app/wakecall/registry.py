@@ -27,6 +27,7 @@ from .errors import (
     SessionNotFound,
     SessionTaken,
     ShuttingDown,
+    StoreUnavailable,
     TooMany,
 )
 from .frames import ByeReason
@@ -85,6 +86,8 @@ class Registry:
         directory, now = self._directory, self._directory.clock.now()
         if directory.stopping:
             raise ShuttingDown
+        if directory.journal.is_overfull:
+            raise StoreUnavailable
         session = directory.sessions.get(session_id)
         self._check_session(session, session_id, owner)
         self._check_specs(session, session_id, specs, owner)
@@ -194,16 +197,16 @@ class Registry:
         for name, row in list(session.rows.items()):
             reported = statuses.get(name)
             self._dispatcher.step(row, RowEvent.REVIVE if reported is None else _REPORT[reported], bump=True)
-        drop = tuple(task_id for task_id in tasks if not self._is_waited_for(task_id, owner))
+        drop = tuple(task_id for task_id in tasks if not self._is_waited_for(task_id, session))
         return HeartbeatReply({name: row.llm.status for name, row in session.rows.items()}, drop)
 
-    def _is_waited_for(self, task_id: str, owner: str) -> bool:
+    def _is_waited_for(self, task_id: str, session: Session) -> bool:
         task = self._directory.tasks.get(task_id)
-        return task is not None and task.channel is not None and task.channel.session.record.owner == owner
+        return task is not None and task.channel is not None and task.channel.session is session
 
     # Channels -------------------------------------------------------------------------------------------------------
 
-    def open_channel(self, session_id: str, owner: str) -> Channel:
+    def open_channel_nowait(self, session_id: str, owner: str) -> Channel:
         """A new epoch: the one before it ends as superseded, and this is current once that has been joined."""
         directory = self._directory
         if directory.stopping:

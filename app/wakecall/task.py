@@ -145,6 +145,14 @@ class Infer:
             due, why = until, "idle"
         return due, why
 
+    def take_head(self, now: float, status: int, content_type: str | None) -> None:
+        """The first byte of its answer is here, or its end: from now on there is a `Reply`."""
+        self.first_byte_at = now
+        self.engine_status = status
+        self.content_type = content_type
+        self.phase = "idle"
+        self.head_ready.set()
+
     def _on_room(self) -> None:
         # While the client held the upload back nobody waited for the publisher: its idle clock starts here.
         self.room_at = trio.current_time()

@@ -391,7 +391,7 @@ async def test_frames_that_cannot_wait_and_overflow_end_the_channel_as_stale(aut
         await broker.register("laptop", [LLMSpec("qwen")])
         async with broker.open_channel("laptop") as channel:
             infers = []
-            for _ in range(3):
+            for _ in range(12):
                 await channel.receive()
                 infers += [broker.infer_nowait("qwen", CALL) for _ in range(30)]
             assert channel.ended is None

@@ -296,3 +296,25 @@ async def test_closing_commits_what_is_left(autojump_clock):
         pass
     assert store.held() == {"qwen": INACTIVE, "phi": INACTIVE}
     assert {llm.remembers for llm in store._llms.values()} == {ACTIVE, HIBERNATING}
+
+
+async def test_names_that_come_and_go_while_the_store_is_down_have_a_bound(autojump_clock, monkeypatch):
+    """What is deleted has to be written too, so it is kept: beyond a bound nobody new is taken until the store is well."""
+    monkeypatch.setattr("wakecall.journal._MOST_WHILE_DOWN", 20)
+    store = FakeStore()
+    async with open_test_broker(store=store) as broker:
+        await broker.register("laptop", [LLMSpec("qwen")])
+        store.failing = True
+        refused_before_deciding = False
+        for number in range(30):
+            with pytest.raises(StoreUnavailable):
+                await broker.register(f"guest-{number}", [])
+            if f"guest-{number}" not in {view.record.session_id for view in broker.session_views()}:
+                refused_before_deciding = True
+                break
+            with pytest.raises(StoreUnavailable):
+                await broker.goodbye(f"guest-{number}")
+        assert refused_before_deciding
+        store.failing = False
+        await trio.sleep(10)
+        await broker.register("guest", [])

@@ -137,7 +137,7 @@ async def test_deleting_a_model_fails_its_infers(served: Served) -> None:
         assert (await served.ask("DELETE", "/admin/v1/llms/qwen")).status == 204
         assert (await publisher.next("cancel")).task_id == frame.task_id
         answer = await client.wire.read_answer("POST")
-        assert (answer.status, answer.code) == (503, "model_offline")
+        assert (answer.status, answer.code) == (503, "publisher_disconnected")
 
 
 async def test_an_evicted_session_is_told_so(served: Served) -> None:

@@ -218,3 +218,10 @@ async def test_a_request_id_is_kept_or_given(served: Served) -> None:
     assert own.headers["x-request-id"] == "abc-123"
     given = await served.ask("GET", "/v1/models", "x-request-id: a b", host=HOST)
     assert given.headers["x-request-id"] not in ("a b", "")
+
+
+async def test_a_header_too_long_for_a_frame_is_refused(served: Served) -> None:
+    """Content-Type and Accept go into the frame, which has a bound."""
+    for header in ("content-type", "accept"):
+        answer = await served.call(CALL, "/v1/chat/completions", f"{header}: a/{'b' * 1100}")
+        assert (answer.status, answer.code) == (400, "invalid_request")

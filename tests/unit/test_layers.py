@@ -35,7 +35,7 @@ LAYERS = {
     "store": Layer("store store.*", "pure", "trio"),
     # Trio, but neither HTTP nor SQL nor a socket.
     "broker": Layer(
-        "broker session wake task channel directory dispatch journal local registry upload bytestream deadlines",
+        "broker session wake task channel directory dispatch journal local registry upload views bytestream deadlines",
         "pure store",
         "trio",
     ),

@@ -8,6 +8,7 @@ import trio
 from quart import Quart
 
 from ..broker import Broker
+from ..errors import InvalidRequest
 from ..models import LLM, InferRequest
 from ..task import Infer
 from .answers import Answer, StreamBody, json_answer
@@ -16,6 +17,8 @@ from .relay import pass_on, start_waiting
 from .sniff import sniff
 
 __all__ = ["RELAYED", "add_client_routes"]
+
+_MAX_HEADER_CHARS: Final = 1024
 
 #: All that is ever relayed.
 RELAYED: Final = (
@@ -43,7 +46,7 @@ def add_client_routes(app: Quart, broker: Broker) -> None:
         refuse_encoded(call)
         body = await call.exchange.read_body(config.max_body_bytes)
         headers = call.request.headers
-        content_type = headers.get("content-type") or "application/json"
+        content_type = _short(headers.get("content-type"), "Content-Type") or "application/json"
         asked = sniff(body, content_type)
         path = call.request.path
         infer = broker.infer_nowait(
@@ -52,7 +55,7 @@ def add_client_routes(app: Quart, broker: Broker) -> None:
                 path=path,
                 body=body,
                 content_type=content_type,
-                accept=headers.get("accept"),
+                accept=_short(headers.get("accept"), "Accept"),
                 stream=asked.stream,
                 request_id=call.exchange.request_id,
             ),
@@ -89,6 +92,13 @@ def add_client_routes(app: Quart, broker: Broker) -> None:
         app.add_url_rule(path, "relay", relay, methods=["POST"])
     app.add_url_rule("/v1/models", "list_models", list_models)
     app.add_url_rule("/v1/models/<path:name>", "get_model", get_model)
+
+
+def _short(value: str | None, header: str) -> str | None:
+    """A header that goes into a frame. Raises InvalidRequest: it is too long for one."""
+    if value is not None and len(value) > _MAX_HEADER_CHARS:
+        raise InvalidRequest(f"This header is longer than {_MAX_HEADER_CHARS} characters.", param=header)
+    return value
 
 
 def _describe(llm: LLM) -> dict[str, Any]:

@@ -107,10 +107,9 @@ def add_publisher_routes(app: Quart, broker: Broker) -> None:
         if call.request.method != "GET":
             # Quart takes a HEAD for a GET without a body; but opening a channel ends the one before it.
             raise MethodNotAllowed
-        context = broker.open_channel(session_id, owner=call.owner)
-        channel = await context.__aenter__()
+        channel = broker.open_channel_nowait(session_id, owner=call.owner)
         call.exchange.on_disconnect(channel.disconnect)
-        return stream_answer(FramesBody(channel, context, config.keepalive_s), "text/event-stream")
+        return stream_answer(FramesBody(channel, config.keepalive_s), "text/event-stream")
 
     async def get_body(task_id: str) -> Answer:
         call = begin("publisher")

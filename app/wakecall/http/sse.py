@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 import trio
@@ -21,17 +20,15 @@ class FramesBody(StreamBody):
 
     1. After `bye` the channel gives out nothing more: a clean end.
     2. The peer leaves: the guard has told the channel by then, and this is cancelled.
-    3. The server stops: likewise cancelled, and leaving the channel is the disconnect.
+    3. The server stops: likewise cancelled, and `aclose` is the disconnect.
 
     Args:
-        channel: which.
-        context: the channel's own context manager, entered.
+        channel: which; disconnected at the end.
         keepalive_s: seconds without a frame after which a comment goes out.
     """
 
-    def __init__(self, channel: Channel, context: AbstractAsyncContextManager[Channel], keepalive_s: float) -> None:
+    def __init__(self, channel: Channel, keepalive_s: float) -> None:
         self._channel = channel
-        self._context: AbstractAsyncContextManager[Channel] | None = context
         self._keepalive_s = keepalive_s
 
     async def __anext__(self) -> bytes:
@@ -43,9 +40,7 @@ class FramesBody(StreamBody):
         return KEEPALIVE
 
     async def aclose(self) -> None:
-        context, self._context = self._context, None
-        if context is not None:
-            await context.__aexit__(None, None, None)
+        self._channel.disconnect()
 
 
 class EventTail:

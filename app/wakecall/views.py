@@ -1,0 +1,76 @@
+"""How the broker stands at an instant: records for operators, metrics and tests, made of the directory."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import trio
+
+from .directory import Directory, Row
+from .models import Kind, LLMView, SessionView, Statistics, Status, TaskView
+from .session import Session
+from .wake import Wake
+
+__all__ = ["statistics", "view_llm", "view_session", "view_tasks"]
+
+
+def statistics(directory: Directory) -> Statistics:
+    """The counters."""
+    counters = directory.counters
+    by_status = {Status.ACTIVE: 0, Status.HIBERNATING: 0, Status.INACTIVE: len(directory.inactive)}
+    for row in directory.live.values():
+        by_status[row.llm.status] += 1
+    ended = counters.wakes_succeeded + counters.wakes_failed
+    return Statistics(
+        accepted=counters.accepted,
+        completed=counters.completed,
+        failed=counters.failed,
+        cancelled=counters.cancelled,
+        waiting=counters.waiting,
+        in_flight=counters.in_flight,
+        wakes_started=counters.wakes_started,
+        wakes_succeeded=counters.wakes_succeeded,
+        wakes_failed=counters.wakes_failed,
+        wakes_in_flight=counters.wakes_started - ended,
+        sessions=len(directory.sessions),
+        channels=sum(1 for session in directory.sessions.values() if session.channel is not None),
+        llms=by_status,
+        public_llms=len(directory.rows) - len(directory.live) - len(directory.inactive),
+    )
+
+
+def view_llm(row: Row) -> LLMView:
+    """A row at work."""
+    session = row.session
+    routable = (
+        row.llm.kind is Kind.VIRTUAL
+        and row.llm.status is not Status.INACTIVE
+        and session is not None
+        and session.channel is not None
+    )
+    return LLMView(row.llm, row.in_flight, len(row.waiting), row.wake is not None, routable)
+
+
+def view_session(session: Session) -> SessionView:
+    """A session, and the names of its rows."""
+    return SessionView(session.record, session.channel is not None, tuple(sorted(session.rows)))
+
+
+def view_tasks(directory: Directory) -> list[TaskView]:
+    """All infers and wakes under way: those sent, then those that wait, oldest first."""
+    now = trio.current_time()
+    found = []
+    for task in directory.tasks.values():
+        session_id = None if task.channel is None else task.channel.session_id
+        name = task.row.llm.name
+        if isinstance(task, Wake):
+            found.append(TaskView(task.task_id, "wake", name, session_id, "sent", now - task.started_at))
+        else:
+            sent: Literal["sent", "answering"] = "sent" if task.first_byte_at is None else "answering"
+            found.append(TaskView(task.task_id, "infer", name, session_id, sent, now - task.accepted_at))
+    for row in directory.rows.values():
+        for infer in row.waiting.values():
+            state: Literal["waking", "queued"] = "waking" if infer.phase == "wake" else "queued"
+            age_s = now - infer.accepted_at
+            found.append(TaskView(infer.task_id, "infer", row.llm.name, row.llm.session_id, state, age_s))
+    return found
