@@ -7,7 +7,9 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from contextlib import closing
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from subprocess import PIPE
 
@@ -19,6 +21,8 @@ from tests.store.records import batch_of, database_in, llm, session
 from wakecall.models import Snapshot
 from wakecall.store import StoreError, sqlite
 from wakecall.store.sqlite import SqliteStore, open_sqlite_store
+
+_NOBODY = 65534
 
 # Opens the store named by the first argument, writes sessions of the names that follow, says so, and holds it.
 HOLD = """
@@ -241,10 +245,21 @@ async def test_a_path_that_cannot_be_is_refused() -> None:
     await refusal("/" + "x" * 5000)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.fixture
+def path_of_nobody() -> Iterator[Path]:
+    """A path in a folder of a user who is not root: root may write everywhere, so who is root is somebody else here."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        if os.geteuid() == 0:
+            os.chown(folder, _NOBODY, _NOBODY)
+            os.seteuid(_NOBODY)
+            stack.callback(os.seteuid, 0)
+        yield Path(folder) / "wakecall.db"
+
+
 @pytest.mark.parametrize("what", ["file", "folder"])
-async def test_what_may_not_be_written_is_refused(path: Path, what: str) -> None:
+async def test_what_may_not_be_written_is_refused(path_of_nobody: Path, what: str) -> None:
     """By permission: the file itself, or a new one in its folder."""
+    path = path_of_nobody
     if what == "file":
         await fill(path, rows=1)
         path.chmod(0o400)
