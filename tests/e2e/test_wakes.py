@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -38,7 +38,7 @@ async def broker(tmp_path: Path) -> AsyncIterator[BrokerProcess]:
 
 
 @pytest.fixture
-def pids(tmp_path: Path) -> AsyncIterator[Path]:
+def pids(tmp_path: Path) -> Iterator[Path]:
     """A file for the process ids of what a wake command starts; all of them are gone after the test."""
     path = tmp_path / "pids"
     yield path
