@@ -31,10 +31,10 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
-from wakecall.errors import RequestTimeout, Unavailable
-from wakecall.http.protocol import AppTasks, Http11
-from wakecall.http.refusal import error_body, error_headers, pick_request_id
-from wakecall.http.transport import PeerStream
+from ..errors import RequestTimeout, Unavailable
+from .protocol import AppTasks, Http11
+from .refusal import error_body, error_headers, pick_request_id
+from .transport import PeerStream
 
 __all__ = ["Barrier", "BarrierSettings", "Connection", "barrier_of", "install_barrier"]
 

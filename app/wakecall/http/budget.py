@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wakecall.errors import QueueFull
+from ..errors import QueueFull
 
 __all__ = ["BodyBudget"]
 

@@ -27,9 +27,9 @@ from typing import Any, Protocol
 
 import trio
 
-from wakecall.errors import InternalError, RequestTimeout, RequestTooLarge
-from wakecall.http.budget import BodyBudget
-from wakecall.http.refusal import error_body, error_headers, marks_of, pick_request_id
+from ..errors import InternalError, RequestTimeout, RequestTooLarge
+from .budget import BodyBudget
+from .refusal import error_body, error_headers, marks_of, pick_request_id
 
 __all__ = ["BodyBudget", "BodyStream", "ClientGone", "Exchange", "Guard", "GuardSettings", "current_exchange_of"]
 

@@ -22,8 +22,8 @@ from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.trio.task_group import TaskGroup, _handle
 
-from wakecall.errors import InvalidRequest, MethodNotAllowed, RequestTooLarge, WakecallError
-from wakecall.http.refusal import Headers, error_body, error_headers, pick_request_id
+from ..errors import InvalidRequest, MethodNotAllowed, RequestTooLarge, WakecallError
+from .refusal import Headers, error_body, error_headers, pick_request_id
 
 __all__ = ["PATHS_FOR_PROBES", "AppTasks", "Http11", "Inbox", "objection_to"]
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from wakecall.errors import WakecallError
-from wakecall.http.errors import error_document, retry_headers
+from ..errors import WakecallError
+from .errors import error_document, retry_headers
 
 __all__ = ["Headers", "error_body", "error_headers", "marks_of", "pick_request_id"]
 

@@ -12,7 +12,7 @@ from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config, Sockets
 from hypercorn.trio.run import worker_serve
 
-from wakecall.http.barrier import Barrier, BarrierSettings, barrier_of, install_barrier
+from .barrier import Barrier, BarrierSettings, barrier_of, install_barrier
 
 __all__ = ["hypercorn_config", "serve_app"]
 
