@@ -1,9 +1,9 @@
 """The publisher's agent: it knows the wire protocol and nothing of the broker's insides."""
 
-from wakecall.publisher.agent import run_publisher
-from wakecall.publisher.config import PublishedModel, PublisherConfig, is_valid_name, name_for
-from wakecall.publisher.engine import Engine, discover_models, open_engine
-from wakecall.publisher.errors import (
+from .agent import run_publisher
+from .config import PublishedModel, PublisherConfig, is_valid_name, name_for
+from .engine import Engine, discover_models, open_engine
+from .errors import (
     AmbiguousNames,
     EngineUnreachable,
     InvalidConfig,
@@ -14,7 +14,7 @@ from wakecall.publisher.errors import (
     StateLocked,
     StateUnusable,
 )
-from wakecall.publisher.events import (
+from .events import (
     Asleep,
     Awake,
     BrokerUnreachable,

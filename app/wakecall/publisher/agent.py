@@ -21,12 +21,12 @@ from collections.abc import Callable
 
 import trio
 
-from wakecall.publisher.backoff import Backoff
-from wakecall.publisher.channel import Channel
-from wakecall.publisher.config import PublishedModel, PublisherConfig
-from wakecall.publisher.engine import Engine, discover_models, open_engine
-from wakecall.publisher.errors import KeyRefused, PublisherError
-from wakecall.publisher.events import (
+from .backoff import Backoff
+from .channel import Channel
+from .config import PublishedModel, PublisherConfig
+from .engine import Engine, discover_models, open_engine
+from .errors import KeyRefused, PublisherError
+from .events import (
     BrokerUnreachable,
     ChannelLost,
     ChannelOpen,
@@ -39,12 +39,12 @@ from wakecall.publisher.events import (
     StopReason,
     Superseded,
 )
-from wakecall.publisher.power import AnnounceFailed, Power, WakeError
-from wakecall.publisher.registration import fatal_error, rows_to_register
-from wakecall.publisher.relay import Relay
-from wakecall.publisher.sse import EventTooLarge
-from wakecall.publisher.state import State, open_state
-from wakecall.publisher.wire import (
+from .power import AnnounceFailed, Power, WakeError
+from .registration import fatal_error, rows_to_register
+from .relay import Relay
+from .sse import EventTooLarge
+from .state import State, open_state
+from .wire import (
     BadFrame,
     BrokerClient,
     BrokerError,
@@ -81,7 +81,7 @@ async def run_publisher(
 ) -> StopReason:
     """Publish an engine's models until told to stop, superseded or evicted.
 
-    Arguments:
+    Args:
         config: what to publish, from where and to whom.
         on_event: called synchronously with each event; must not block or raise.
         stop: set it to drain: no new infers, those in flight end within `drain_grace_s`, goodbye. Cancelling instead

@@ -12,7 +12,7 @@ class Backoff:
 
     Growth is slow on purpose: after an outage of `t` seconds the next attempt is at most about `t / 2` away.
 
-    Arguments:
+    Args:
         base_s: the first pause at most.
         cap_s: the longest pause.
     """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import trio
 
-from wakecall.publisher.sse import EventTooLarge
-from wakecall.publisher.wire import BrokerError
+from .sse import EventTooLarge
+from .wire import BrokerError
 
 _SILENT_KEEPALIVES = 3
 
@@ -13,7 +13,7 @@ _SILENT_KEEPALIVES = 3
 class Channel:
     """When a channel will have been silent for too long, and how it ended.
 
-    Arguments:
+    Args:
         keepalive_s: what to assume until `hello` says it.
     """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from wakecall.publisher.errors import InvalidConfig
+from .errors import InvalidConfig
 
 Upload: TypeAlias = Literal["stream", "chunks"]
 CancelMode: TypeAlias = Literal["abort", "drain"]
@@ -64,7 +64,7 @@ class PublishedModel:
 class PublisherConfig:
     """The settings of `run_publisher`. Durations are in seconds.
 
-    Arguments:
+    Args:
         broker_url: the broker's address, a path prefix included if it has one.
         engine_url: the engine's address, with or without `/v1`.
         models: what to publish; empty: every model that the engine lists (then the engine must be up).

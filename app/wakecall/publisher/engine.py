@@ -14,8 +14,8 @@ import httpx2
 import msgspec
 import trio
 
-from wakecall.publisher.config import PublishedModel, PublisherConfig, name_for, shown
-from wakecall.publisher.errors import AmbiguousNames, EngineUnreachable, InvalidConfig
+from .config import PublishedModel, PublisherConfig, name_for, shown
+from .errors import AmbiguousNames, EngineUnreachable, InvalidConfig
 
 _DECODABLE = frozenset({"", "identity", "gzip", "deflate"})
 
@@ -48,7 +48,7 @@ def is_loopback(url: str) -> bool:
 def open_client(url: str, *, headers: dict[str, str], timeout: httpx2.Timeout, keep: int) -> httpx2.AsyncClient:
     """An HTTP/1.1 client without a bound on its connections: each infer holds one for as long as it runs.
 
-    Arguments:
+    Args:
         url: what it will talk to.
         headers: sent with every request.
         timeout: for what a request does not say itself.
@@ -93,7 +93,7 @@ class EngineAnswer:
 class Engine:
     """The engine's address and key over one HTTP client.
 
-    Arguments:
+    Args:
         config: `engine_url`, `engine_key_env`, `health_path` and the times.
         client: from `open_engine`.
     """
@@ -150,7 +150,7 @@ class Engine:
     async def open_answer(self, path: str, headers: dict[str, str], body: bytes) -> AsyncIterator[EngineAnswer]:
         """POST a body to the engine; leaving the block early closes the connection, which frees the engine's slot.
 
-        Arguments:
+        Args:
             path: below the engine's address, such as `/v1/chat/completions`.
             headers: the client's content type and accept.
             body: what goes out, byte for byte.

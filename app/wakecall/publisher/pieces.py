@@ -11,8 +11,8 @@ from functools import partial
 
 import trio
 
-from wakecall.publisher.engine import EngineFailed
-from wakecall.publisher.wire import BrokerClient, BrokerError, BrokerLost, BrokerRefused
+from .engine import EngineFailed
+from .wire import BrokerClient, BrokerError, BrokerLost, BrokerRefused
 
 MAX_PIECE_BYTES = 1024 * 1024
 _ATTEMPTS = 8
@@ -74,7 +74,7 @@ async def send_in_pieces(
 ) -> int:
     """Post the engine's body as chunks and the `/result` that ends it.
 
-    Arguments:
+    Args:
         broker: where to.
         task_id: of the infer.
         chunks: the engine's body; may raise EngineFailed.

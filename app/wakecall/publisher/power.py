@@ -20,9 +20,9 @@ from pathlib import Path
 
 import trio
 
-from wakecall.publisher.config import AnnouncedStatus, PublisherConfig
-from wakecall.publisher.engine import Engine
-from wakecall.publisher.events import (
+from .config import AnnouncedStatus, PublisherConfig
+from .engine import Engine
+from .events import (
     Asleep,
     Awake,
     GoingToSleep,
@@ -31,7 +31,7 @@ from wakecall.publisher.events import (
     WakeFailed,
     Waking,
 )
-from wakecall.publisher.process import CommandFailed, cut_log, last_line, open_command
+from .process import CommandFailed, cut_log, last_line, open_command
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class _WakeRun:
 class Power:
     """The engine's sleep, as this publisher believes and governs it.
 
-    Arguments:
+    Args:
         config: commands and times.
         engine: asked for its health.
         log: the commands' error output.
@@ -153,7 +153,7 @@ class Power:
     async def ensure_awake(self, deadline_s: float) -> None:
         """Wake the engine, or join the wake that is under way; a cancelled waiter leaves it running.
 
-        Arguments:
+        Args:
             deadline_s: seconds that this waiter grants it; the latest of all waiters counts.
 
         Raises:

@@ -73,7 +73,7 @@ async def open_command(command: str, log: Path, *, grace_s: float) -> AsyncItera
 
     Leaving the block by an error or a cancellation ends the whole group; leaving it normally leaves a daemon alone.
 
-    Arguments:
+    Args:
         command: for the shell.
         log: the file that gets its error output; a daemon of an earlier run may still be writing to it.
         grace_s: seconds between SIGTERM and SIGKILL.

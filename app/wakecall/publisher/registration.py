@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from wakecall.publisher.config import AnnouncedStatus, PublishedModel, PublisherConfig
-from wakecall.publisher.errors import KeyRefused, NameTaken, PublisherError, RegistrationRefused
-from wakecall.publisher.wire import BrokerRefused, Row
+from .config import AnnouncedStatus, PublishedModel, PublisherConfig
+from .errors import KeyRefused, NameTaken, PublisherError, RegistrationRefused
+from .wire import BrokerRefused, Row
 
 
 def rows_to_register(config: PublisherConfig, models: Iterable[PublishedModel], status: AnnouncedStatus) -> list[Row]:

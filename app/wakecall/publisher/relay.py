@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Callable
 
 import trio
 
-from wakecall.publisher.config import PublisherConfig
-from wakecall.publisher.engine import Engine, EngineAnswer, EngineFailed, EngineRefused
-from wakecall.publisher.events import InferFinished, InferOutcome, InferStarted, PublisherEvent
-from wakecall.publisher.pieces import send_in_pieces
-from wakecall.publisher.power import Power, WakeError
-from wakecall.publisher.rewrite import replace_model
-from wakecall.publisher.wire import BrokerClient, BrokerError, BrokerLost, BrokerRefused, Infer
+from .config import PublisherConfig
+from .engine import Engine, EngineAnswer, EngineFailed, EngineRefused
+from .events import InferFinished, InferOutcome, InferStarted, PublisherEvent
+from .pieces import send_in_pieces
+from .power import Power, WakeError
+from .rewrite import replace_model
+from .wire import BrokerClient, BrokerError, BrokerLost, BrokerRefused, Infer
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class _Chunks:
 class Relay:
     """The supervisor of one infer: whatever goes wrong in it ends it and nothing else.
 
-    Arguments:
+    Args:
         frame: what to do.
         served: the names that this publisher has.
     """

@@ -20,7 +20,7 @@ _SPACE = re.compile(rb"[ \t\r\n]*")
 def replace_model(body: bytes, content_type: str, model: str) -> bytes:
     """Replace the value of `model` in a JSON object or a multipart form.
 
-    Arguments:
+    Args:
         body: the client's body.
         content_type: its content type; anything but `multipart/form-data` is taken for JSON.
         model: the engine's own id.

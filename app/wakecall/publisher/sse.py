@@ -30,7 +30,7 @@ class ServerSentEvent:
 class EventStreamParser:
     """An incremental parser; its whole state is the unfinished line and the unfinished event.
 
-    Arguments:
+    Args:
         max_bytes: the bound on one line, and on the data of one event.
     """
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import platformdirs
 
-from wakecall.publisher.config import PublisherConfig, shown
-from wakecall.publisher.errors import StateLocked, StateUnusable
+from .config import PublisherConfig, shown
+from .errors import StateLocked, StateUnusable
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 

@@ -11,9 +11,9 @@ import httpx2
 import msgspec
 import trio
 
-from wakecall.publisher.config import AnnouncedStatus, PublisherConfig
-from wakecall.publisher.engine import abandon, describe, open_client
-from wakecall.publisher.sse import EventStreamParser, ServerSentEvent
+from .config import AnnouncedStatus, PublisherConfig
+from .engine import abandon, describe, open_client
+from .sse import EventStreamParser, ServerSentEvent
 
 MAX_BODY_BYTES = 256 * 1024 * 1024
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
@@ -32,7 +32,7 @@ class BrokerLost(BrokerError):
 class BrokerRefused(BrokerError):
     """The broker answered with an error.
 
-    Arguments:
+    Args:
         status: of the response.
         code: the stable code of the protocol, empty if the answer is not in its form (a proxy's, say).
         message: for people.
@@ -248,7 +248,7 @@ class BrokerClient:
     ) -> None:
         """POST the engine's response; an iterable is sent piece by piece as it yields.
 
-        Arguments:
+        Args:
             task_id: of the infer or wake.
             content: the engine's body, or what is left of it after `offset`.
             status, content_type: the engine's.
