@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 LOCAL_OWNER: Final = "local"
+MAX_NAME_LENGTH: Final = 128
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]*(?:/[A-Za-z0-9][A-Za-z0-9._:@-]*)*")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -40,7 +41,7 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 def is_llm_name(name: str) -> bool:
     """Whether `name` may be an LLM's: segments joined by `/`, 128 characters in all (protocol.md, Conventions)."""
-    return len(name) <= 128 and _NAME.fullmatch(name) is not None
+    return len(name) <= MAX_NAME_LENGTH and _NAME.fullmatch(name) is not None
 
 
 def is_id(text: str) -> bool:

@@ -299,6 +299,20 @@ async def test_the_engine_gets_its_key_and_the_broker_its_own(stage: Stage, monk
     assert {one.headers["authorization"] for _, one in stage.broker.seen} == {"Bearer for-the-broker"}
 
 
+async def test_between_two_processes_of_one_machine_no_proxy_is_asked(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the environment says for the world outside."""
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{closed_port()}")
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    _, channel = await stage.publish()
+    await channel.infer("t1")
+    await (await stage.engine.next()).respond(200, b"{}")
+    await stage.broker.wait_whole("result", "t1")
+
+
 async def test_a_hundred_infers_stream_at_once(stage: Stage) -> None:
     """No pool of connections makes the hundredth wait for the first."""
     publisher, channel = await stage.publish()

@@ -29,7 +29,7 @@ class Layer(NamedTuple):
 # A module belongs to the first layer that names it; "@" is the package's own `__init__`.
 LAYERS = {
     # Decisions and data: no Trio, no I/O, no clock.
-    "pure": Layer("lifecycle placement sweep frames models errors config", "", ""),
+    "pure": Layer("lifecycle placement sweep frames models errors config addresses", "", ""),
     # SQL stands in one place; what everybody else sees is the protocol in store/base.py.
     "sqlite": Layer("store.sqlite store.migrations", "pure store", "trio sqlite_utils"),
     "store": Layer("store store.*", "pure", "trio"),
@@ -59,7 +59,7 @@ LAYERS = {
 }
 
 # The only standard modules of the pure layer.
-PURE_STDLIB = "__future__ collections dataclasses enum functools itertools json math re string types typing"
+PURE_STDLIB = "__future__ collections dataclasses enum functools ipaddress itertools json math re string types typing"
 
 # Standard modules that are not for everyone, and the layers that may have them.
 RESERVED_STDLIB = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import math
 import socket
+
+from ..addresses import is_loopback
 
 __all__ = ["CannotBind", "bind", "format_url", "is_loopback"]
 
@@ -61,19 +62,6 @@ def bind(host: str, port: int, *, peer_stall_s: float = 60.0) -> list[socket.soc
             raise CannotBind(f"cannot listen on {host}:{port}: no address of it is this machine's")
         on_failure.pop_all()
     return listening
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens on `host`: a loopback address, or `localhost`."""
-    name = host.strip("[]").partition("%")[0].lower()
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)
 
 
 def format_url(sock: socket.socket) -> str:

@@ -1,7 +1,7 @@
 """The publisher's agent: it knows the wire protocol and nothing of the broker's insides."""
 
 from .agent import run_publisher
-from .config import PublishedModel, PublisherConfig, is_valid_name, name_for
+from .config import PublishedModel, PublisherConfig, name_for
 from .engine import Engine, discover_models, open_engine
 from .errors import (
     AmbiguousNames,
@@ -69,7 +69,6 @@ __all__ = [
     "WakeFailed",
     "Waking",
     "discover_models",
-    "is_valid_name",
     "name_for",
     "open_engine",
     "run_publisher",

@@ -35,7 +35,6 @@ from .events import (
     Evicted,
     PublisherEvent,
     Registered,
-    RegisteredModel,
     StopReason,
     Superseded,
 )
@@ -197,8 +196,7 @@ class _Agent:
                 raise
             self._registered += 1
             self._heartbeat_interval_s = answer.heartbeat_interval_s
-        models = tuple(RegisteredModel(row.name, row.status, row.outcome) for row in answer.llms)
-        self._emit(Registered(session_id=answer.session_id, models=models, again=self._registered > 1))
+        self._emit(Registered(session_id=answer.session_id, models=answer.llms, again=self._registered > 1))
 
     async def _register_until_done(self) -> None:
         backoff = Backoff(self._config.backoff_base_s, self._config.backoff_cap_s)

@@ -9,21 +9,13 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
 
+from ..models import MAX_NAME_LENGTH, CancelMode, is_id, is_llm_name
 from .errors import InvalidConfig
 
 Upload: TypeAlias = Literal["stream", "chunks"]
-CancelMode: TypeAlias = Literal["abort", "drain"]
 AnnouncedStatus: TypeAlias = Literal["active", "hibernating"]
 
-MAX_NAME = 128
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]*(?:/[A-Za-z0-9][A-Za-z0-9._:@-]*)*")
-_SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _INVALID_IN_SEGMENT = re.compile(r"[^A-Za-z0-9._:@-]+")
-
-
-def is_valid_name(name: str) -> bool:
-    """Whether `name` may name an LLM (protocol, Conventions)."""
-    return len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None
 
 
 def name_for(engine_id: str) -> str:
@@ -35,13 +27,13 @@ def name_for(engine_id: str) -> str:
     Raises:
         InvalidConfig: nothing of the id can stand in a name.
     """
-    if is_valid_name(engine_id):
+    if is_llm_name(engine_id):
         return engine_id
     segment = re.split(r"[/\\]", engine_id.rstrip("/\\"))[-1]
     if segment.lower().endswith(".gguf"):
         segment = segment[: -len(".gguf")]
-    name = _INVALID_IN_SEGMENT.sub("-", segment).lstrip("._:@-")[:MAX_NAME]
-    if not is_valid_name(name):
+    name = _INVALID_IN_SEGMENT.sub("-", segment).lstrip("._:@-")[:MAX_NAME_LENGTH]
+    if not is_llm_name(name):
         raise InvalidConfig(
             f"the engine's model id {engine_id!r} gives no valid name; publish it with a name of your own"
         )
@@ -127,11 +119,11 @@ class PublisherConfig:
         _check_url("engine", self.engine_url)
         names = [model.name for model in self.models]
         for name in names:
-            if not is_valid_name(name):
+            if not is_llm_name(name):
                 raise InvalidConfig(f"{name!r} is no valid name for a model")
         if len(set(names)) != len(names):
             raise InvalidConfig("a name is given twice")
-        if self.session_id is not None and _SESSION_ID.fullmatch(self.session_id) is None:
+        if self.session_id is not None and not is_id(self.session_id):
             raise InvalidConfig("a session id is 1 to 128 of A-Z a-z 0-9 _ -")
         if self.max_concurrency is not None and not 1 <= self.max_concurrency <= 100_000:
             raise InvalidConfig("max_concurrency is 1 to 100,000")

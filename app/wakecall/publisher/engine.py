@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +13,7 @@ import httpx2
 import msgspec
 import trio
 
+from ..addresses import is_loopback
 from .config import PublishedModel, PublisherConfig, name_for, shown
 from .errors import AmbiguousNames, EngineUnreachable, InvalidConfig
 
@@ -36,15 +36,6 @@ class _ModelList(msgspec.Struct):
     data: list[_Model]
 
 
-def is_loopback(url: str) -> bool:
-    """Whether `url` names this machine by its loopback address."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
-
 def open_client(url: str, *, headers: dict[str, str], timeout: httpx2.Timeout, keep: int) -> httpx2.AsyncClient:
     """An HTTP/1.1 client without a bound on its connections: each infer holds one for as long as it runs.
 
@@ -61,7 +52,7 @@ def open_client(url: str, *, headers: dict[str, str], timeout: httpx2.Timeout, k
         timeout=timeout,
         follow_redirects=False,
         # A proxy from the environment has no business between two processes of one machine.
-        trust_env=not is_loopback(url),
+        trust_env=not is_loopback(urlsplit(url).hostname or ""),
         # Idle connections go before a server's own idle timeout (often 5 s) can race with a request on them.
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=keep, keepalive_expiry=3.0),
     )

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,9 @@ from pathlib import Path
 
 import platformdirs
 
+from ..models import is_id
 from .config import PublisherConfig, shown
 from .errors import StateLocked, StateUnusable
-
-_SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +88,6 @@ def _read_session_id(content: bytes) -> str | None:
     except ValueError:
         return None
     session_id = record.get("session_id") if isinstance(record, dict) else None
-    if isinstance(session_id, str) and _SESSION_ID.fullmatch(session_id) is not None:
+    if isinstance(session_id, str) and is_id(session_id):
         return session_id
     return None

@@ -13,6 +13,7 @@ import trio
 
 from .config import AnnouncedStatus, PublisherConfig
 from .engine import abandon, describe, open_client
+from .events import RegisteredModel
 from .sse import EventStreamParser, ServerSentEvent
 
 MAX_BODY_BYTES = 256 * 1024 * 1024
@@ -62,16 +63,10 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     cancel: str | None = None
 
 
-class RowAnswer(msgspec.Struct, frozen=True):
-    name: str
-    status: str
-    outcome: str
-
-
 class Registration(msgspec.Struct, frozen=True):
     session_id: str
     heartbeat_interval_s: float
-    llms: list[RowAnswer]
+    llms: tuple[RegisteredModel, ...]
 
 
 class HeartbeatAnswer(msgspec.Struct, frozen=True):

@@ -1,0 +1,24 @@
+"""What can be told of an address without asking anybody."""
+
+from __future__ import annotations
+
+import ipaddress
+
+__all__ = ["is_loopback"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is this machine and nobody else can be there: a loopback address, or `localhost`.
+
+    Args:
+        host: a name (RFC 6761, 6.3: all below `localhost` count) or an IPv4 or IPv6 address, brackets and zone allowed.
+    """
+    name = host.strip("[]").partition("%")[0].lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
