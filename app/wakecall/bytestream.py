@@ -18,11 +18,14 @@ __all__ = ["ByteReader", "ByteStream"]
 class ByteReader:
     """One reader's end. Made by `ByteStream.open_reader`."""
 
-    __slots__ = ("_pieces", "_size", "_stream", "_wakeup", "taken_at")
+    __slots__ = ("_first", "_rest", "_size", "_stream", "_wakeup", "taken_at")
 
     def __init__(self, stream: ByteStream, now: float) -> None:
         self._stream: ByteStream | None = stream
-        self._pieces: list[bytes] = []
+        # The first piece is kept as it is, for mostly there is but one; the others are joined as they come, for a list of
+        # tiny ones would weigh many times what is in them.
+        self._first = b""
+        self._rest = bytearray()
         self._size = 0
         self._wakeup: trio.Event | None = None
         self.taken_at = now  # when it last took something, or was last found with nothing to take
@@ -40,7 +43,7 @@ class ByteReader:
             trio.ClosedResourceError: this reader was closed.
             trio.BusyResourceError: another task is receiving.
         """
-        while not self._pieces:
+        while not self._size:
             stream = self._stream
             if stream is None:
                 raise trio.ClosedResourceError
@@ -55,30 +58,39 @@ class ByteReader:
                 await self._wakeup.wait()
             finally:
                 self._wakeup = None
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
-        self._size = 0
+        data = self._first + self._rest if self._rest else self._first
+        self._clear()
         self.taken_at = trio.current_time()
         if self._stream is not None:
             self._stream._reader_took()
         return data
 
+    def note_progress(self) -> None:
+        """What was taken from here is still on its way, and its peer has just taken some of it: it is slow, not stalled."""
+        self.taken_at = trio.current_time()
+
     def close(self) -> None:
         """Take nothing more, and hold nobody back. Idempotent."""
         stream, self._stream = self._stream, None
-        self._pieces.clear()
-        self._size = 0
+        self._clear()
         if stream is not None:
             stream._readers.discard(self)
             stream._reader_took()
         self._notify()
 
     def _put(self, data: bytes, now: float) -> None:
-        if not self._pieces:
+        if self._size:
+            self._rest += data
+        else:
+            self._first = data
             self.taken_at = now
-        self._pieces.append(data)
         self._size += len(data)
         self._notify()
+
+    def _clear(self) -> None:
+        self._first = b""
+        self._rest = bytearray()
+        self._size = 0
 
     def _notify(self) -> None:
         if self._wakeup is not None:
@@ -112,9 +124,11 @@ class ByteStream:
     def readers(self) -> int:
         return len(self._readers)
 
-    def open_reader(self) -> ByteReader:
-        """A reader of every piece from now on."""
+    def open_reader(self, beside: ByteReader | None = None) -> ByteReader:
+        """A reader of every piece from now on, and of those that `beside`, another one, has not taken yet."""
         reader = ByteReader(self, trio.current_time())
+        if beside is not None and beside._size:
+            reader._put(beside._first + beside._rest, reader.taken_at)
         self._readers.add(reader)
         return reader
 

@@ -14,6 +14,10 @@ __all__ = ["BrokerConfig"]
 _KIB = 1024
 _MIB = 1024 * _KIB
 
+# A byte of a body may become six in a frame's JSON, and a frame's line is at most 512 KiB (protocol.md).
+_MOST_INLINE_BYTES = 64 * _KIB
+_FRAME_ROOM_BYTES = 8 * _KIB
+
 
 def _seconds(default: float, doc: str) -> float:
     return field(default=default, metadata={"doc": doc, "unit": "s"})
@@ -70,3 +74,13 @@ class BrokerConfig:
             good = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < math.inf
             if not good or (value == 0 and each.name != "grace_s"):
                 raise ValueError(f"{each.name} must be a positive {what}, not {value!r}")
+        if self.heartbeat_timeout_s <= self.heartbeat_interval_s:
+            raise ValueError(
+                "heartbeat_timeout_s must be more than heartbeat_interval_s, or live publishers would go stale"
+            )
+        if self.max_inline_body_bytes > _MOST_INLINE_BYTES:
+            raise ValueError(
+                f"max_inline_body_bytes must be at most {_MOST_INLINE_BYTES}, or a frame would be too long"
+            )
+        if self.max_untaken_frame_bytes < 2 * (self.max_inline_body_bytes + _FRAME_ROOM_BYTES):
+            raise ValueError("max_untaken_frame_bytes must hold two infers of max_inline_body_bytes, and 16 KiB more")

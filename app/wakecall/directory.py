@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import trio
 
@@ -68,6 +68,16 @@ class Counters:
     wakes_succeeded: int = 0
     wakes_failed: int = 0
 
+    def count(self, outcome: Literal["completed", "failed", "cancelled"]) -> None:
+        """One infer more has come to this end."""
+        match outcome:
+            case "completed":
+                self.completed += 1
+            case "failed":
+                self.failed += 1
+            case "cancelled":
+                self.cancelled += 1
+
 
 class Settled(NamedTuple):
     """What is remembered of a task: whose it was, whether its publisher ended it, and when (`trio.current_time()`)."""
@@ -118,10 +128,12 @@ class Directory:
             self.owned[record.owner] = self.owned.get(record.owner, 0) + 1
         rows = []
         for llm in snapshot.llms:
+            # A file that somebody wrote to by hand must not stop every sweep.
+            lacks_instant = llm.status is Status.INACTIVE and llm.inactive_since is None
             llm = replace(
                 llm,
                 last_heartbeat_at=min(llm.last_heartbeat_at, now),
-                inactive_since=_past(llm.inactive_since, now),
+                inactive_since=now if lacks_instant else _past(llm.inactive_since, now),
             )
             row = Row(llm, self.config.max_readers_per_reply)
             rows.append(row)
@@ -141,6 +153,7 @@ class Directory:
                 self.live[row.llm.name] = row
                 self.step(row, RowEvent.LOST)
         for session in self.sessions.values():
+            self.detach_longest_withdrawn(session)
             self.review_unused(session)
 
     # Rows
@@ -211,7 +224,20 @@ class Directory:
         session.rows[row.llm.name] = row
         self.review_unused(session)
 
+    def detach_longest_withdrawn(self, session: Session) -> None:
+        """Keep a session within its bound of rows: the longest withdrawn stay, inactive, until their retention is over, but
+        are no longer gone through with each of its heartbeats."""
+        excess = len(session.rows) - self.config.max_llms_per_session
+        if excess <= 0:
+            return
+        withdrawn = [row for row in session.rows.values() if row.llm.status is Status.INACTIVE]
+        withdrawn.sort(key=lambda row: (row.llm.remembers is not None, row.llm.inactive_since or 0.0))
+        for row in withdrawn[:excess]:
+            row.session = None
+            del session.rows[row.llm.name]
+
     def remove_row(self, row: Row) -> None:
+        """A row that is there is no more."""
         name = row.llm.name
         del self.rows[name]
         self._count_row(row.llm, -1)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import trio
 
-from . import frames
 from .deadlines import Deadline
 from .directory import Directory, Row
 from .errors import (
@@ -38,13 +37,15 @@ from .frames import CancelReason
 from .lifecycle import RowEvent
 from .models import InferRequest, InferSettled, Status, WakeSettled
 from .placement import Placement, RowLoad, place
-from .task import Infer, InferState
+from .task import Due, Infer, InferState
 from .wake import Wake
 
 if TYPE_CHECKING:
     from .session import Channel
 
 __all__ = ["Dispatcher"]
+
+_PHASE_OF: Final[dict[Due, Phase]] = {Due.FIRST_BYTE: "first_byte", Due.IDLE: "idle", Due.TOTAL: "total"}
 
 #: How fast the estimate of a row's service time follows what is measured.
 _SERVICE_WEIGHT: Final = 0.2
@@ -163,33 +164,20 @@ class Dispatcher:
         infer.phase = "first_byte"
         infer.channel = channel
         infer.sent_at = now
-        channel.tasks[infer.task_id] = infer
         directory.tasks[infer.task_id] = infer
         infer.deadline = Deadline(partial(self._on_sent_due, infer))
-        channel.deadlines.arm(infer.deadline, infer.next_due(self._config)[0])
-        channel.push(
-            frames.infer(
-                channel.next_id(),
-                infer.task_id,
-                row.llm.name,
-                row.llm.model,
-                infer.request,
-                max(infer.total_until - now, 0.0),
-                self._config.max_inline_body_bytes,
-            )
-        )
+        channel.send_infer(infer, infer.next_due(self._config)[0])
 
     def _on_sent_due(self, infer: Infer) -> None:
         due, why = infer.next_due(self._config)
         if due > trio.current_time():
             assert infer.deadline is not None
             assert infer.channel is not None
-            infer.channel.deadlines.arm(infer.deadline, due)
-        elif why == "stall":
+            infer.channel.hasten(infer.deadline, due)
+        elif why is Due.STALL:
             self.settle(infer, "cancelled", InferCancelled(), cancel="client_disconnected")
         else:
-            phase: Phase = "total" if why == "total" else "idle" if why == "idle" else "first_byte"
-            self.settle(infer, "failed", _out_of_time(phase), cancel="deadline_exceeded")
+            self.settle(infer, "failed", _out_of_time(_PHASE_OF[why]), cancel="deadline_exceeded")
 
     def pump(self, row: Row) -> None:
         """Let those who wait for a row go, as far as there are slots; or wake the row for them."""
@@ -247,13 +235,11 @@ class Dispatcher:
                 directory.waiting_deadlines.disarm(infer.deadline)
         else:
             assert channel is not None
-            assert infer.deadline is not None
             assert row.in_flight > 0, "a slot that nobody took cannot be freed"
             row.in_flight -= 1
             counters.in_flight -= 1
             del directory.tasks[infer.task_id]
-            del channel.tasks[infer.task_id]
-            channel.deadlines.disarm(infer.deadline)
+            channel.forget(infer)
             directory.remember(channel.session, infer.task_id, by_publisher or outcome == "completed")
             if outcome == "completed":
                 row.service_s += (now - infer.sent_at - row.service_s) * _SERVICE_WEIGHT
@@ -261,7 +247,7 @@ class Dispatcher:
         infer.state = InferState.OVER
         infer.deadline = None
         infer.error = error
-        setattr(counters, outcome, getattr(counters, outcome) + 1)
+        counters.count(outcome)
         infer.stream.end(error)
         infer.head_ready.set()
         infer.done.set()
@@ -269,8 +255,8 @@ class Dispatcher:
             infer.upload._task_is_over()
         self._tell(infer, outcome, now)
         # 3
-        if cancel is not None and channel is not None and channel.ended is None:
-            channel.push(frames.cancel(channel.next_id(), infer.task_id, cancel))
+        if cancel is not None and channel is not None:
+            channel.send_cancel(infer.task_id, cancel)
         self.pump(row)
         if self._quiet is not None and counters.in_flight == counters.waiting == 0:
             self._quiet.set()
@@ -312,11 +298,9 @@ class Dispatcher:
         wake = Wake(new_task_id(), row, channel, now)
         row.wake = wake
         wake.deadline = Deadline(partial(self._on_wake_due, wake))
-        channel.tasks[wake.task_id] = wake
         self._directory.tasks[wake.task_id] = wake
         self._counters.wakes_started += 1
-        channel.deadlines.arm(wake.deadline, now + limit)
-        channel.push(frames.wake(channel.next_id(), wake.task_id, row.llm.name, row.llm.model, limit))
+        channel.send_wake(wake, limit)
 
     def _on_wake_due(self, wake: Wake) -> None:
         self.settle_wake(wake, "timed_out", WakeTimeout(), cancel="deadline_exceeded")
@@ -334,11 +318,9 @@ class Dispatcher:
         if wake.is_over:
             return
         directory, row, channel = self._directory, wake.row, wake.channel
-        assert wake.deadline is not None
         # 1
         del directory.tasks[wake.task_id]
-        del channel.tasks[wake.task_id]
-        channel.deadlines.disarm(wake.deadline)
+        channel.forget(wake)
         directory.remember(channel.session, wake.task_id, by_publisher)
         # 2
         wake.is_over = True
@@ -353,8 +335,8 @@ class Dispatcher:
         seconds = trio.current_time() - wake.started_at
         directory.notify(WakeSettled(wake.task_id, row.llm.name, outcome, seconds, len(waiters)))
         # 3
-        if cancel is not None and channel.ended is None:
-            channel.push(frames.cancel(channel.next_id(), wake.task_id, cancel))
+        if cancel is not None:
+            channel.send_cancel(wake.task_id, cancel)
         if outcome == "succeeded":
             self.step(row, RowEvent.WOKEN, bump=True)
         else:

@@ -81,7 +81,7 @@ def infer(
         "stream": request.stream,
         "deadline_s": round(deadline_s, 3),
     }
-    weight = _FRAME_OVERHEAD
+    weight = _FRAME_OVERHEAD + len(model) + sum(map(len, headers.values()))
     if len(request.body) <= max_inline_body_bytes:
         try:
             data["body"] = request.body.decode()

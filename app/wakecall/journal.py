@@ -10,6 +10,7 @@ it is down.
 from __future__ import annotations
 
 import logging
+import math
 
 import trio
 
@@ -23,7 +24,11 @@ logger = logging.getLogger("wakecall.store")
 
 _FIRST_RETRY_S = 0.25
 _LAST_RETRY_S = 5.0
-_MOST_WHILE_DOWN = 100_000
+#: A commit under way for so long counts as a fault, in seconds.
+_SLOW_S = 10.0
+
+#: Rows and sessions.
+_MOST_UNWRITTEN = 100_000
 
 
 class Commit:
@@ -62,7 +67,8 @@ class Journal:
         self._work = trio.Event()
         self._writing = trio.Lock()
         self._closed = False
-        self.ok = True
+        self._last_went_well = True
+        self._writing_since = math.inf
 
     def put_row(self, name: str, llm: LLM | None) -> None:
         """A row is now so; None: it is gone."""
@@ -75,10 +81,15 @@ class Journal:
         self._work.set()
 
     @property
+    def ok(self) -> bool:
+        """Whether the last commit went well, and the one under way has not been so for long."""
+        return self._last_went_well and trio.current_time() - self._writing_since < _SLOW_S
+
+    @property
     def is_overfull(self) -> bool:
-        """Whether a store that is down has left so much here that no new names may come: what is deleted has to be
-        kept too until it is down, so publishers that come and go would fill the memory."""
-        return not self.ok and len(self._llms) + len(self._sessions) > _MOST_WHILE_DOWN
+        """Whether a store that fails or hangs has left so much here that no new names may come: what is deleted is kept too
+        until that is written, so publishers that come and go would fill the memory."""
+        return len(self._llms) + len(self._sessions) > _MOST_UNWRITTEN
 
     def commit(self) -> Commit:
         """The commit that carries everything put so far. Call it in the step that put it."""
@@ -98,7 +109,7 @@ class Journal:
             await self._work.wait()
             async with self._writing:
                 await self._flush()
-            if self.ok:
+            if self._last_went_well:
                 retry_s = _FIRST_RETRY_S
             else:
                 # The disk gives no event when it is well again.
@@ -112,23 +123,30 @@ class Journal:
         commit, self._next = self._next, None
         self._llms, self._sessions = {}, {}
         error: StoreError | None = StoreError("the broker closed before the store had answered")
+        self._writing_since = trio.current_time()
         try:
             await self._store.write(batch)
             error = None
         except StoreError as failure:
             error = failure
-            if self.ok:
+            if self._last_went_well:
                 logger.error("the store failed: %s", failure)
+        except Exception as failure:
+            # Not a store's to raise; but it is no reason for all who are served to be dropped.
+            error = StoreError(f"the store raised {type(failure).__name__}")
+            if self._last_went_well:
+                logger.exception("the store failed in a way that a store must not")
         finally:
+            self._writing_since = math.inf
             # However it ended, a cancelled write included: nobody waits on for a commit that will not come.
             if error is not None:
                 # Under what has been decided meanwhile.
                 self._llms = batch.llms | self._llms
                 self._sessions = batch.sessions | self._sessions
                 self._work.set()
-            elif not self.ok:
+            elif not self._last_went_well:
                 logger.warning("the store is well again")
-            self.ok = error is None
+            self._last_went_well = error is None
             if commit is not None:
                 commit._finish(error)
 

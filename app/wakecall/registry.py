@@ -14,7 +14,7 @@ from typing import Final
 
 import trio
 
-from . import frames, lifecycle, sweep
+from . import lifecycle, sweep
 from .directory import Directory
 from .dispatch import Dispatcher
 from .errors import (
@@ -90,7 +90,7 @@ class Registry:
             raise StoreUnavailable
         session = directory.sessions.get(session_id)
         self._check_session(session, session_id, owner)
-        self._check_specs(session, session_id, specs, owner)
+        self._check_specs(session_id, specs, owner)
 
         if session is None:
             session = directory.add_session(
@@ -103,6 +103,7 @@ class Registry:
             if row.llm.remembers is not None or row.llm.status is not Status.INACTIVE:
                 self._dispatcher.step(row, RowEvent.WITHDRAWN)
         llms = tuple(self._register_row(session, spec, now) for spec in specs)
+        directory.detach_longest_withdrawn(session)
         directory.notify(SessionEvent("registered", session_id, len(llms)))
         return Registered(session_id, self._config.heartbeat_interval_s, llms)
 
@@ -114,12 +115,10 @@ class Registry:
         if session is None and self._directory.owned.get(owner, 0) >= self._config.max_sessions_per_owner:
             raise TooMany(f"An owner has at most {self._config.max_sessions_per_owner} sessions.")
 
-    def _check_specs(self, session: Session | None, session_id: str, specs: Sequence[LLMSpec], owner: str) -> None:
+    def _check_specs(self, session_id: str, specs: Sequence[LLMSpec], owner: str) -> None:
         limit = self._config.max_llms_per_session
         if len(specs) > limit:
             raise TooMany(f"A session has at most {limit} models.", param="llms")
-        held = {} if session is None else session.rows
-        names = set(held)
         seen: set[str] = set()
         for index, spec in enumerate(specs):
             where = f"llms[{index}].name"
@@ -129,7 +128,6 @@ class Registry:
                 raise InvalidRequest("The same name stands twice.", param=where)
             self._check_spec(spec, f"llms[{index}]")
             seen.add(spec.name)
-            names.add(spec.name)
             row = self._directory.rows.get(spec.name)
             if row is None:
                 continue
@@ -145,9 +143,6 @@ class Registry:
         if self._directory.owned_rows.get(owner, 0) + fresh > most:
             # Rows outlive a goodbye: else sessions that come and go could fill the memory.
             raise TooMany(f"An owner has at most {most} models, withdrawn ones included.", param="llms")
-        if len(names) > limit:
-            # Those that were withdrawn count until their retention is over: else a session could fill the memory.
-            raise TooMany(f"A session has at most {limit} models, withdrawn ones included.", param="llms")
 
     def _check_spec(self, spec: LLMSpec, where: str) -> None:
         if spec.status is Status.INACTIVE:
@@ -236,12 +231,7 @@ class Registry:
         assert session.pending is channel
         assert session.channel is None
         session.pending, session.channel, session.leaving = None, channel, None
-        config = self._config
-        channel.push(
-            frames.hello(
-                channel.next_id(), channel.session_id, channel.epoch, config.heartbeat_interval_s, config.keepalive_s
-            )
-        )
+        channel.send_hello()
         directory.change_session(session, last_heartbeat_at=directory.clock.now())
         directory.notify(ChannelEvent("open", channel.session_id, channel.epoch))
         for row in list(session.rows.values()):
@@ -250,7 +240,10 @@ class Registry:
             self._dispatcher.step(row, RowEvent.REVIVE, bump=True)
 
     def _on_channel_room(self, channel: Channel) -> None:
-        for row in list(channel.session.rows.values()):
+        # Each time another row goes first, or one with many callers would leave the others no room.
+        session, rows = channel.session, list(channel.session.rows.values())
+        session.turn = (session.turn + 1) % max(len(rows), 1)
+        for row in rows[session.turn :] + rows[: session.turn]:
             self._dispatcher.pump(row)
 
     def end_channel(self, channel: Channel, reason: ByeReason | None) -> None:

@@ -24,7 +24,7 @@ import trio
 from . import frames
 from .config import BrokerConfig
 from .deadlines import Deadline, Deadlines
-from .frames import ByeReason, Frame
+from .frames import ByeReason, CancelReason, Frame
 from .models import SessionRecord
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ logger = logging.getLogger("wakecall.broker")
 
 
 class Session:
-    """A registered publisher. `rows` holds all that bear its id, withdrawn ones too."""
+    """A registered publisher. `rows` holds all that bear its id, the longest withdrawn perhaps excepted."""
 
-    __slots__ = ("channel", "leaving", "pending", "record", "rows", "settled")
+    __slots__ = ("channel", "leaving", "pending", "record", "rows", "settled", "turn")
 
     def __init__(self, record: SessionRecord) -> None:
         self.record = record
@@ -48,6 +48,7 @@ class Session:
         self.channel: Channel | None = None  # the current one
         self.pending: Channel | None = None  # the one that will be current once `leaving` has been joined
         self.leaving: Channel | None = None  # the last that was current
+        self.turn = 0  # which of its rows is the first to send when there is room again
         self.settled: deque[str] = deque()  # ids of its ended tasks, oldest first
 
 
@@ -73,7 +74,7 @@ class Channel:
         self.session_id: Final = session.record.session_id
         self.epoch: Final = epoch
         self.tasks: dict[str, Infer | Wake] = {}  # sent on it and not over
-        self.deadlines = Deadlines()
+        self.deadlines: Final = Deadlines()
         self.scope = trio.CancelScope()
         self.joined = trio.Event()
         self.ended: str | None = None  # why
@@ -100,12 +101,55 @@ class Channel:
         """
         return not self._full
 
-    def next_id(self) -> str:
-        """The id of the next frame."""
+    # What the broker does with it ----------------------------------------------------------------------------------
+
+    def send_hello(self) -> None:
+        """Tell the publisher that the channel is open."""
+        config = self._config
+        self._push(
+            frames.hello(self._next_id(), self.session_id, self.epoch, config.heartbeat_interval_s, config.keepalive_s)
+        )
+
+    def send_infer(self, infer: Infer, due: float) -> None:
+        """Take an infer on, to be ended at `due` if nothing happens, and tell the publisher."""
+        self._hold(infer, due)
+        llm = infer.row.llm
+        left_s = max(infer.total_until - trio.current_time(), 0.0)
+        limit = self._config.max_inline_body_bytes
+        self._push(frames.infer(self._next_id(), infer.task_id, llm.name, llm.model, infer.request, left_s, limit))
+
+    def send_wake(self, wake: Wake, limit_s: float) -> None:
+        """Take a wake on, to be ended after `limit_s`, and tell the publisher."""
+        self._hold(wake, wake.started_at + limit_s)
+        llm = wake.row.llm
+        self._push(frames.wake(self._next_id(), wake.task_id, llm.name, llm.model, limit_s))
+
+    def send_cancel(self, task_id: str, reason: CancelReason) -> None:
+        """Tell the publisher that a task has ended without it; nothing once the channel has ended, for then it knows."""
+        if self.ended is None:
+            self._push(frames.cancel(self._next_id(), task_id, reason))
+
+    def forget(self, task: Infer | Wake) -> None:
+        """A task that was sent on it is over."""
+        assert task.deadline is not None
+        del self.tasks[task.task_id]
+        self.deadlines.disarm(task.deadline)
+
+    def hasten(self, deadline: Deadline, due: float) -> None:
+        """Let a deadline fire at `due`, unless it does before."""
+        if due < deadline.due:
+            self.deadlines.arm(deadline, due)
+
+    def _hold(self, task: Infer | Wake, due: float) -> None:
+        assert task.deadline is not None
+        self.tasks[task.task_id] = task
+        self.deadlines.arm(task.deadline, due)
+
+    def _next_id(self) -> str:
         self._sequence += 1
         return f"{self.epoch}-{self._sequence}"
 
-    def push(self, frame: Frame) -> None:
+    def _push(self, frame: Frame) -> None:
         """Queue a frame. A channel whose untaken frames pass the bound ends, as `stale`."""
         if self._closed:
             return
@@ -128,11 +172,13 @@ class Channel:
         if reason is None:
             self._outbox.clear()
         else:
-            self._outbox.append(frames.bye(self.next_id(), reason))
+            self._outbox.append(frames.bye(self._next_id(), reason))
         self._closed = True
         self.deadlines.disarm(self._stall)
         if self._wakeup is not None:
             self._wakeup.set()
+
+    # What its transport does ----------------------------------------------------------------------------------------
 
     async def receive(self) -> list[Frame]:
         """All frames that have queued up, at least one; an empty list once the channel has ended.
@@ -153,7 +199,6 @@ class Channel:
         taken = list(self._outbox)
         self._outbox.clear()
         self._weight = 0
-        self._taken_at = trio.current_time()
         if self._full:
             self._full = False
             if not self._closed:
@@ -170,6 +215,10 @@ class Channel:
         if not self._taken:
             raise StopAsyncIteration
         return self._taken.popleft()
+
+    def note_progress(self) -> None:
+        """What `receive` gave is still being written, and the peer has just taken some of it: it is slow, not stalled."""
+        self._taken_at = trio.current_time()
 
     def disconnect(self) -> None:
         """The peer is gone: acts at once, whatever the transport is stuck in. Idempotent."""

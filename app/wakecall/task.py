@@ -15,7 +15,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import trio
 
@@ -30,7 +30,20 @@ if TYPE_CHECKING:
     from .session import Channel
     from .upload import Upload
 
-__all__ = ["Infer", "InferState", "Reader", "Reply"]
+__all__ = ["Due", "Infer", "InferPhase", "InferState", "Reader", "Reply"]
+
+
+#: Where an infer is, or was when it ended, in logs; `offline`: nobody was there to be asked.
+InferPhase = Literal["offline", "wake", "queue", "first_byte", "idle"]
+
+
+class Due(Enum):
+    """What the clock ends a sent infer for: one of its phases, or its reader's stall."""
+
+    FIRST_BYTE = "no first byte"
+    IDLE = "a pause"
+    TOTAL = "its whole time"
+    STALL = "a reader that takes nothing"
 
 
 class InferState(Enum):
@@ -90,7 +103,7 @@ class Infer:
         self.row: Final = row
         self._cancel = cancel
         self.state = InferState.WAITING
-        self.phase = "queue"
+        self.phase: InferPhase = "queue"
         self.accepted_at = now  # this and all that end in _at or _until: `trio.current_time()`
         self.phase_until = math.inf
         self.total_until = now + config.total_s
@@ -132,17 +145,17 @@ class Infer:
         """The caller leaves: frees the slot, or the place in the queue. Idempotent; nothing once it is over."""
         self._cancel(self)
 
-    def next_due(self, config: BrokerConfig) -> tuple[float, str]:
-        """When this infer, sent, is next to be ended by the clock, and for what: a phase, or `stall` for its reader."""
-        due, why = self.total_until, "total"
+    def next_due(self, config: BrokerConfig) -> tuple[float, Due]:
+        """When this infer, sent, is next to be ended by the clock, and for what."""
+        due, why = self.total_until, Due.TOTAL
         if self.first_byte_at is None:
             if self.request.stream and (until := self.sent_at + config.first_byte_s) < due:
-                due, why = until, "first_byte"
+                due, why = until, Due.FIRST_BYTE
             return due, why
         if (until := self.stream.stalled_since() + config.peer_stall_s) < due:
-            due, why = until, "stall"
+            due, why = until, Due.STALL
         if self.stream.has_room and (until := max(self.last_byte_at, self.room_at) + config.idle_s) < due:
-            due, why = until, "idle"
+            due, why = until, Due.IDLE
         return due, why
 
     def take_head(self, now: float, status: int, content_type: str | None) -> None:
@@ -156,13 +169,15 @@ class Infer:
     def _on_room(self) -> None:
         # While the client held the upload back nobody waited for the publisher: its idle clock starts here.
         self.room_at = trio.current_time()
-        due = self.room_at + self._idle_s
-        if self.channel is not None and self.deadline is not None and due < self.deadline.due:
-            self.channel.deadlines.arm(self.deadline, due)
+        if self.channel is not None and self.deadline is not None:
+            self.channel.hasten(self.deadline, self.room_at + self._idle_s)
 
 
 class Reader:
-    """A further reader of one answer: every chunk from its start on. Hold it in a `with` block, or `close` it."""
+    """A further reader of one answer: all that the first had not taken when it began, and every chunk from then on.
+
+    Hold it in a `with` block, or `close` it.
+    """
 
     def __init__(self, reader: ByteReader) -> None:
         self._reader = reader
@@ -238,8 +253,14 @@ class Reply:
         if self._infer.error is not None:
             raise self._infer.error.with_traceback(None)
 
+    def note_progress(self) -> None:
+        """For transports: what `receive` gave is still being written, and the peer has just taken some of it. A reader that
+        neither takes nor says this for `peer_stall_s`, while bytes wait, has stalled."""
+        self._infer.reader.note_progress()
+
     def subscribe(self) -> Reader:
-        """A further reader of every chunk from now on; the slowest reader holds back the upload.
+        """A further reader, of all that this one has not taken yet and every chunk from then on; the slowest reader holds
+        back the upload.
 
         Raises:
             TooMany: as many read as may.
@@ -247,7 +268,7 @@ class Reply:
         limit = self._infer.row.max_readers
         if self._infer.stream.readers >= limit:
             raise TooMany(f"An answer has at most {limit} readers.")
-        return Reader(self._infer.stream.open_reader())
+        return Reader(self._infer.stream.open_reader(beside=self._infer.reader))
 
 
 #: The waiting line of a row: task id → infer, first come first served; leaving it from the middle is as quick.

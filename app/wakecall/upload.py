@@ -90,10 +90,13 @@ class Upload:
 
         Raises:
             TaskCancelled, TaskAlreadySettled: the task ended before.
+            InvalidRequest: the answer is shorter than what has arrived of it; the task fails.
             StoreUnavailable: the wake counts, but is not committed yet.
         """
         if self.task.is_over:
             raise self._intake.over_error(self.task.task_id)
+        if self._final and self._skip:
+            raise InvalidRequest("The answer ends before what has arrived of it.", param="Wakecall-Offset")
         self._release()
         if not self._final:
             return
@@ -189,11 +192,9 @@ class Intake:
         infer.received += len(data)
         infer.last_byte_at = now
         infer.stream.put_nowait(data, now)
-        due = now + min(config.idle_s, config.peer_stall_s)
         assert infer.deadline is not None
-        if due < infer.deadline.due:
-            assert infer.channel is not None
-            infer.channel.deadlines.arm(infer.deadline, due)
+        assert infer.channel is not None
+        infer.channel.hasten(infer.deadline, now + min(config.idle_s, config.peer_stall_s))
 
     def feed_wake(self, wake: Wake, data: bytes) -> None:
         """A piece of a wake's result: only the beginning of its text is kept."""

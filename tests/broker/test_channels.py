@@ -386,7 +386,7 @@ async def test_a_channel_that_takes_now_and_then_is_not_stalled(autojump_clock):
 
 async def test_frames_that_cannot_wait_and_overflow_end_the_channel_as_stale(autojump_clock):
     """Wakes and cancels are not held back; a publisher that takes none of them is cut before it fills the memory."""
-    config = BrokerConfig(max_untaken_frame_bytes=64 * 1024)
+    config = BrokerConfig(max_untaken_frame_bytes=64 * 1024, max_inline_body_bytes=1024)
     async with open_test_broker(config) as broker:
         await broker.register("laptop", [LLMSpec("qwen")])
         async with broker.open_channel("laptop") as channel:
@@ -409,3 +409,20 @@ async def test_one_task_receives(autojump_clock):
         await wait_all_tasks_blocked()
         with pytest.raises(trio.BusyResourceError):
             await publisher.channel.receive()
+
+
+@pytest.mark.parametrize("slow", [True, False])
+async def test_a_publisher_that_takes_its_frames_slowly_is_not_stale(autojump_clock, slow):
+    """What its transport has taken may take long to write; while it notes progress, the channel lives."""
+    async with open_test_broker(BrokerConfig(peer_stall_s=10)) as broker:
+        await broker.register("laptop", [LLMSpec("qwen")])
+        async with broker.open_channel("laptop") as channel:
+            await channel.receive()
+            broker.infer_nowait("qwen", CALL)
+            await channel.receive()
+            broker.infer_nowait("qwen", CALL)
+            for _ in range(8):
+                await trio.sleep(4)
+                if slow:
+                    channel.note_progress()
+            assert channel.ended == (None if slow else "stale")

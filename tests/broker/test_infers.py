@@ -122,7 +122,7 @@ async def test_first_come_first_served_and_never_more_than_the_slots(autojump_cl
 
 async def test_nobody_overtakes_the_line_even_when_a_slot_is_free(autojump_clock):
     """While the channel has no room the slots are free, and those who come later stand behind those who wait."""
-    config = BrokerConfig(max_untaken_frame_bytes=20 * 1024)
+    config = BrokerConfig(max_untaken_frame_bytes=20 * 1024, max_inline_body_bytes=1024)
     async with open_test_broker(config) as broker:
         await broker.register("laptop", [LLMSpec("qwen")])
         async with broker.open_channel("laptop") as channel:
@@ -471,19 +471,35 @@ async def test_two_readers_each_get_every_chunk_and_the_slowest_holds_back(autoj
         nursery.start_soon(upload)
         reply = await infer.wait_head()
         assert (reply.status, reply.headers) == (200, {"content-type": "text/event-stream"})
+        # It begins where the first reader stands: the head came with a piece, and that is not lost to it.
         with reply.subscribe() as second:
             await wait_all_tasks_blocked()
             assert await reply.receive() == b"first"
             await wait_all_tasks_blocked()
-            assert sent == [b"first", b"secnd"]
-            assert await reply.receive() == b"secnd"
+            assert sent == [b"first"], "held back by the other"
+            assert await second.receive() == b"first"
             await wait_all_tasks_blocked()
-            assert sent == [b"first", b"secnd"], "held back by the other"
-            assert await second.receive() == b"secnd"  # from its start on
+            assert sent == [b"first", b"secnd"]
+            assert await second.receive() == b"secnd"
+            assert await reply.receive() == b"secnd"
             assert await reply.receive() == b"third"
             assert [piece async for piece in second] == [b"third"]
             assert await reply.receive() == b""
             await reply.wait_done()
+
+
+async def test_a_reader_that_comes_late_gets_what_is_still_to_come(autojump_clock):
+    async with open_test_broker() as broker, FakePublisher(broker, "laptop", ["qwen"]) as publisher:
+        infer = broker.infer_nowait("qwen", STREAM)
+        with publisher.upload(await publisher.next("infer")) as upload:
+            await upload.send(b"gone ")
+            reply = await infer.wait_head()
+            assert await reply.receive() == b"gone "
+            await upload.send(b"here ")
+            with reply.subscribe() as second:
+                await upload.send(b"there")
+                await upload.finish()
+                assert [piece async for piece in second] == [b"here there"]
 
 
 async def test_a_further_reader_that_leaves_holds_nobody_back_and_readers_are_bounded(autojump_clock):
@@ -517,8 +533,30 @@ async def test_breaking_loose_in_the_middle_and_failing_reaches_every_reader(aut
         reply = await infer.wait_head()
         reader = reply.subscribe()
         publisher.fail(frame, "out of memory")
-        assert await reply.receive() == b"begun"
         for each in (reply, reader):
+            assert await each.receive() == b"begun"
             with pytest.raises(PublisherError, match="out of memory"):
                 await each.receive()
         upload.abort()
+
+
+@pytest.mark.parametrize("slow", [True, False])
+async def test_a_slow_reader_is_not_a_stalled_one(autojump_clock, slow):
+    """What was taken may take long to write: as long as the transport notes progress, it is slow; else it has stalled."""
+    config = BrokerConfig(peer_stall_s=10, reply_buffer_bytes=4)
+    async with open_test_broker(config) as broker, FakePublisher(broker, "laptop", ["qwen"]) as publisher:
+        infer = broker.infer_nowait("qwen", STREAM)
+        with publisher.upload(await publisher.next("infer")) as upload:
+            await upload.send(b"first")
+            reply = await infer.wait_head()
+            await reply.receive()
+            await upload.send(b"second")
+            for _ in range(8):
+                await trio.sleep(4)
+                if slow:
+                    reply.note_progress()
+            assert infer.is_over is not slow
+            if slow:
+                await trio.sleep(11)
+                assert infer.is_over
+        assert len(publisher.events("cancel")) <= 1

@@ -322,3 +322,16 @@ async def test_task_ids_are_never_used_twice(autojump_clock):
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
         assert {f["task_id"] for f in publisher.events("infer")} > ids
+
+
+async def test_an_answer_that_ends_before_what_has_arrived_of_it_fails(autojump_clock):
+    """Its pieces and its end contradict each other: neither is passed on as the whole."""
+    async with open_test_broker() as broker, FakePublisher(broker, "laptop", ["qwen"]) as publisher:
+        infer = broker.infer_nowait("qwen", CALL)
+        task_id = (await publisher.next("infer")).data["task_id"]
+        await broker.push_chunk(task_id, b"0123456789", offset=0)
+        with pytest.raises(InvalidRequest):
+            await broker.complete(task_id, b"0123", offset=0)
+        reply = await infer.wait_head()
+        with pytest.raises(PublisherError):
+            await reply.wait_done()

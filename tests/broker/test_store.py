@@ -300,7 +300,7 @@ async def test_closing_commits_what_is_left(autojump_clock):
 
 async def test_names_that_come_and_go_while_the_store_is_down_have_a_bound(autojump_clock, monkeypatch):
     """What is deleted has to be written too, so it is kept: beyond a bound nobody new is taken until the store is well."""
-    monkeypatch.setattr("wakecall.journal._MOST_WHILE_DOWN", 20)
+    monkeypatch.setattr("wakecall.journal._MOST_UNWRITTEN", 20)
     store = FakeStore()
     async with open_test_broker(store=store) as broker:
         await broker.register("laptop", [LLMSpec("qwen")])
@@ -318,3 +318,47 @@ async def test_names_that_come_and_go_while_the_store_is_down_have_a_bound(autoj
         store.failing = False
         await trio.sleep(10)
         await broker.register("guest", [])
+
+
+async def test_a_store_that_hangs_is_a_fault_after_ten_seconds_and_bounds_what_comes(autojump_clock, monkeypatch):
+    """It raises nothing, so its silence has to tell; `/readyz` reads `store_ok`."""
+    monkeypatch.setattr("wakecall.journal._MOST_UNWRITTEN", 20)
+    store = FakeStore()
+    async with open_test_broker(store=store) as broker:
+        await broker.register("laptop", [LLMSpec("qwen")])
+        store.hanging = True
+        for number in range(11):
+            with trio.move_on_after(1):
+                await broker.register(f"guest-{number}", [])
+            with trio.move_on_after(1):
+                await broker.goodbye(f"guest-{number}")
+        assert not broker.store_ok
+        for number in range(11, 22):
+            with trio.move_on_after(1):
+                await broker.register(f"guest-{number}", [])
+        with pytest.raises(StoreUnavailable), trio.fail_after(1):
+            await broker.register("one-more", [])
+        assert "one-more" not in {each.record.session_id for each in broker.session_views()}
+
+
+async def test_a_store_that_raises_what_it_must_not_ends_nothing(autojump_clock, caplog):
+    """It counts as a failed commit, and is repeated like one."""
+
+    class Broken(MemoryStore):
+        broken = True
+
+        async def write(self, batch):
+            if self.broken:
+                raise RuntimeError("a bug")
+            await super().write(batch)
+
+    store = Broken()
+    async with open_test_broker(store=store) as broker:
+        with pytest.raises(StoreUnavailable):
+            await broker.register("laptop", [LLMSpec("qwen")])
+        assert not broker.store_ok
+        store.broken = False
+        await trio.sleep(10)
+        assert broker.store_ok
+        assert {llm.name for llm in (await store.load()).llms} == {"qwen"}
+    assert "in a way that a store must not" in caplog.text

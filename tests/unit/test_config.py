@@ -84,8 +84,26 @@ def test_a_bound_is_whole(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_can_be_changed(name: str) -> None:
     """Alone, and the others stay."""
-    changed = BrokerConfig(**{name: 7})  # type: ignore[arg-type]
-    assert {each: getattr(changed, each) for each in NAMES} == DEFAULTS | {name: 7}
+    value = 10 * MIB if name == "max_untaken_frame_bytes" else 29
+    value = 40 if name == "heartbeat_timeout_s" else value
+    changed = BrokerConfig(**{name: value})  # type: ignore[arg-type]
+    assert {each: getattr(changed, each) for each in NAMES} == DEFAULTS | {name: value}
+
+
+@pytest.mark.parametrize(
+    "together",
+    [
+        {"heartbeat_timeout_s": 30},
+        {"heartbeat_interval_s": 90},
+        {"max_inline_body_bytes": 64 * KIB + 1},
+        {"max_untaken_frame_bytes": 128 * KIB},
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(together: dict[str, Any]) -> None:
+    """Each alone looks good, and would end live publishers."""
+    (name,) = together
+    with pytest.raises(ValueError, match=name):
+        BrokerConfig(**together)
 
 
 def test_a_time_may_be_a_fraction() -> None:
