@@ -16,9 +16,22 @@ from typing import Any
 import h11
 import trio
 
-from wakecall.publisher import PublishedModel, PublisherConfig, PublisherEvent, StopReason, run_publisher
+from wakecall.publisher import (
+    PublishedModel,
+    PublisherConfig,
+    PublisherError,
+    PublisherEvent,
+    StopReason,
+    run_publisher,
+)
 
 PATIENCE_S = 10.0
+
+
+def reset(stream: trio.SocketStream) -> None:
+    """Cut with a RST, as the kernel of a killed process with unread bytes does."""
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    stream.socket.close()
 
 
 class Exchange:
@@ -91,13 +104,11 @@ class Exchange:
     async def respond_json(self, status: int, value: Any) -> None:
         await self.respond(status, json.dumps(value).encode())
 
-    async def refuse(self, status: int, code: str, message: str = "no") -> None:
-        await self.respond_json(status, {"error": {"message": message, "type": "x", "param": None, "code": code}})
+    async def refuse(self, status: int, code: str, message: str = "no", param: str | None = None) -> None:
+        await self.respond_json(status, {"error": {"message": message, "type": "x", "param": param, "code": code}})
 
     def reset(self) -> None:
-        """Cut with a RST, as the kernel of a killed process with unread bytes does."""
-        self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.stream.socket.close()
+        reset(self.stream)
 
     async def wait_peer_gone(self) -> None:
         """Read until the peer's FIN or RST, then set `broken`."""
@@ -112,11 +123,12 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 @dataclass
 class Peer:
-    """A server on port 0 that hands each request to a handler."""
+    """A server on port 0 that hands each request to a handler; the next `resets` connections it cuts unread."""
 
     handler: Handler
     port: int = 0
     connections: int = 0
+    resets: int = 0
     _listeners: list[trio.SocketListener] = field(default_factory=list)
     _streams: set[trio.SocketStream] = field(default_factory=set)
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -133,6 +145,10 @@ class Peer:
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         self.connections += 1
+        if self.resets:
+            self.resets -= 1
+            reset(stream)
+            return
         connection = h11.Connection(h11.SERVER)
         async with stream:
             try:
@@ -375,6 +391,7 @@ class Publisher:
         self.stop = trio.Event()
         self.ended = trio.Event()
         self.reason: StopReason | None = None
+        self.error: PublisherError | None = None
         self.scope = trio.CancelScope()
         self._changed = trio.Event()
 
@@ -399,7 +416,10 @@ class Publisher:
 
     async def run(self, config: PublisherConfig) -> None:
         with self.scope:
-            self.reason = await run_publisher(config, on_event=self.emit, stop=self.stop)
+            try:
+                self.reason = await run_publisher(config, on_event=self.emit, stop=self.stop)
+            except PublisherError as error:
+                self.error = error
         self.ended.set()
 
 
@@ -441,3 +461,14 @@ async def open_stage(directory: Path) -> AsyncIterator[Stage]:
             await nursery.start(stage.engine.peer.run)
             yield stage
             nursery.cancel_scope.cancel()
+
+
+async def begin_stream(stage: Stage, channel: Channel, task_id: str, kind: str = "result") -> tuple[Exchange, Exchange]:
+    """An infer whose first event has come through: the engine's exchange, and the upload's."""
+    await channel.infer(task_id)
+    request = await stage.engine.next()
+    await request.start(200, {"content-type": "text/event-stream"})
+    await request.send(b"data: 1\n\n")
+    upload = await stage.broker.wait(kind, task_id)
+    await upload.wait_body(b"data: 1\n\n")
+    return request, upload

@@ -1,4 +1,4 @@
-"""Registering, the channel and its ends, heartbeats, stopping."""
+"""Registering, the channel and its ends, heartbeats."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ import pytest
 import trio
 import trio.testing
 
-from tests.publisher.peers import Exchange, Peer, Publisher, Stage, closed_port
+from tests.publisher.peers import Exchange, Peer, Publisher, Stage, begin_stream, closed_port
 from wakecall.publisher import (
     AmbiguousNames,
     BrokerUnreachable,
     ChannelLost,
     ChannelOpen,
-    Drained,
     EngineUnreachable,
     Evicted,
     InferFinished,
     InferStarted,
-    KeyRefused,
-    NameTaken,
     PublishedModel,
-    PublisherError,
     Registered,
-    RegistrationRefused,
     StopReason,
     Superseded,
     discover_models,
@@ -61,14 +56,9 @@ async def test_started_hands_back_the_session_once_the_channel_is_open(stage: St
 async def test_a_cut_channel_aborts_its_infers_and_is_opened_again(stage: Stage) -> None:
     """Engine requests and uploads of the epoch end; the engine stays reachable for the next."""
     publisher, channel = await stage.publish()
-    await channel.infer("t1")
-    first = await stage.engine.next()
+    first, upload = await begin_stream(stage, channel, "t1")
     await channel.infer("t2")
     second = await stage.engine.next()
-    await first.start(200, {"content-type": "text/event-stream"})
-    await first.send(b"data: 1\n\n")
-    upload = await stage.broker.wait("result", "t1")
-    await upload.wait_body(b"data: 1\n\n")
     channel.cut()
     with trio.fail_after(5):
         for exchange in (first, second, upload):
@@ -115,15 +105,6 @@ async def test_a_silent_channel_is_opened_again(stage: Stage) -> None:
     assert "silent" in (await publisher.wait(ChannelLost)).reason
     with trio.fail_after(5):
         await request.broken.wait()
-
-
-async def test_comments_keep_a_channel(stage: Stage) -> None:
-    stage.broker.keepalive_s = 0.3
-    publisher, channel = await stage.publish()
-    for _ in range(5):
-        await trio.sleep(0.3)  # the silence that the agent measures is real time on a real socket
-        await channel.exchange.send(b": keep\n\n")
-    assert not publisher.all(ChannelLost)
 
 
 async def test_a_broker_that_does_not_know_the_session_is_registered_with_again(stage: Stage) -> None:
@@ -223,79 +204,6 @@ async def test_a_restarted_broker_has_its_publisher_back_at_once(stage: Stage) -
     with trio.fail_after(2):
         await stage.broker.next_channel()
     assert len(stage.broker.all("register")) == 2
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "error"),
-    [
-        (409, "llm_name_taken", NameTaken),
-        (409, "session_taken", NameTaken),
-        (401, "invalid_api_key", KeyRefused),
-        (403, "forbidden", KeyRefused),
-        (400, "invalid_request", RegistrationRefused),
-    ],
-)
-async def test_a_register_that_is_refused_for_good_ends_the_agent(
-    stage: Stage, status: int, code: str, error: type[PublisherError]
-) -> None:
-    async def refuse(exchange: Exchange) -> None:
-        await exchange.read()
-        await exchange.refuse(status, code, "the reason")
-
-    stage.broker.on["register"] = refuse
-    events: list[object] = []
-    with pytest.raises(error, match="the reason"):
-        await run_publisher(stage.config(), on_event=events.append)
-    assert not events
-
-
-async def test_a_register_that_is_refused_for_now_is_tried_again(stage: Stage) -> None:
-    async def refuse(exchange: Exchange) -> None:
-        await exchange.read()
-        del stage.broker.on["register"]
-        await exchange.refuse(503, "store_unavailable")
-
-    stage.broker.on["register"] = refuse
-    publisher, _ = await stage.publish()
-    assert publisher.all(BrokerUnreachable)
-
-
-async def test_stopping_drains_and_says_goodbye(stage: Stage) -> None:
-    """An empty register, then the infers' end, then DELETE."""
-    publisher, channel = await stage.publish()
-    await channel.infer("t1")
-    request = await stage.engine.next()
-    publisher.stop.set()
-    withdrawn = await stage.broker.wait_whole("register", count=2)
-    assert withdrawn.json["llms"] == []
-    assert not stage.broker.all("goodbye")
-    await request.respond(200, b"{}")
-    assert await publisher.wait_ended() is StopReason.STOPPED
-    kinds = [kind for kind, _ in stage.broker.seen]
-    assert kinds == ["register", "frames", "register", "result", "goodbye"]
-    assert publisher.all(Drained)[0].abandoned == 0
-    assert not publisher.all(ChannelLost)
-
-
-async def test_stopping_waits_for_an_infer_no_longer_than_the_grace(stage: Stage) -> None:
-    publisher, channel = await stage.publish(drain_grace_s=0.05)
-    await channel.infer("t1")
-    request = await stage.engine.next()
-    publisher.stop.set()
-    assert await publisher.wait_ended() is StopReason.STOPPED
-    assert publisher.all(Drained)[0].abandoned == 1
-    assert stage.broker.all("goodbye")
-    with trio.fail_after(5):
-        await request.broken.wait()
-
-
-async def test_stopping_without_a_broker_takes_no_time(stage: Stage) -> None:
-    publisher, _ = await stage.publish()
-    stage.broker.peer.stop()
-    publisher.stop.set()
-    with trio.fail_after(5):
-        await publisher.ended.wait()
-    assert publisher.reason is StopReason.STOPPED
 
 
 async def test_an_event_or_a_frame_of_tomorrow_is_ignored(stage: Stage) -> None:

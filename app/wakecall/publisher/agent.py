@@ -23,9 +23,9 @@ import trio
 
 from .backoff import Backoff
 from .channel import Channel
-from .config import PublishedModel, PublisherConfig
+from .config import PublisherConfig
 from .engine import Engine, discover_models, open_engine
-from .errors import KeyRefused, PublisherError
+from .errors import PublisherError
 from .events import (
     BrokerUnreachable,
     ChannelLost,
@@ -39,20 +39,16 @@ from .events import (
     Superseded,
 )
 from .power import AnnounceFailed, Power, WakeError
-from .registration import fatal_error, rows_to_register
+from .registration import fatal_error, key_refused, rows_to_register
 from .relay import Relay
 from .sse import EventTooLarge
 from .state import State, open_state
 from .wire import (
-    BadFrame,
     BrokerClient,
     BrokerError,
-    BrokerLost,
     BrokerRefused,
-    Bye,
     Cancel,
     Frame,
-    FrameStream,
     Hello,
     Infer,
     Wake,
@@ -63,8 +59,6 @@ logger = logging.getLogger(__name__)
 
 # A channel that lived for less is no proof that the broker is well again.
 _GOOD_CHANNEL_S = 1.0
-# Beside the grace for infers: for the PUT and the DELETE of a drain, each of which may find the broker gone.
-_FAREWELL_S = 10.0
 
 
 def _ignore(event: PublisherEvent) -> None:
@@ -98,8 +92,7 @@ async def run_publisher(
     """
     with open_state(config) as state:
         async with open_engine(config) as engine, open_broker_client(config, state.session_id) as broker:
-            models = config.models or await discover_models(engine)
-            agent = _Agent(config, state, models, engine, broker, on_event, task_status)
+            agent = _Agent(config, state, engine, broker, on_event, task_status)
             return await agent.run(stop if stop is not None else trio.Event())
 
 
@@ -118,7 +111,6 @@ class _Agent:
         self,
         config: PublisherConfig,
         state: State,
-        models: tuple[PublishedModel, ...],
         engine: Engine,
         broker: BrokerClient,
         emit: Callable[[PublisherEvent], None],
@@ -126,14 +118,14 @@ class _Agent:
     ) -> None:
         self._config = config
         self._state = state
-        self._models = models
         self._engine = engine
         self._broker = broker
         self._emit = emit
         self._task_status = task_status
         self._version = _version()
-        self._served = frozenset(model.name for model in models)
         # The entire mutable state.
+        self._models = config.models
+        self._served: frozenset[str] = frozenset()
         self._end: StopReason | PublisherError | None = None
         self._registered = 0
         self._heartbeat_interval_s = 30.0
@@ -154,11 +146,9 @@ class _Agent:
                 announce=self._announce_sleep,
                 on_change=self._want_heartbeat,
             )
-            await self._power.probe()
-            nursery.start_soon(self._run_session)
+            # First, and beside everything else: whoever asks the agent to stop is heard in whatever it is doing.
             nursery.start_soon(self._run_stop, stop)
-            if self._config.hibernate_after_s is not None:
-                nursery.start_soon(self._power.run_idle)
+            nursery.start_soon(self._run_session)
         if isinstance(self._end, PublisherError):
             raise self._end
         assert self._end is not None
@@ -190,7 +180,7 @@ class _Agent:
             try:
                 answer = await self._broker.register(rows, self._version)
             except BrokerRefused as error:
-                fatal = fatal_error(error)
+                fatal = fatal_error(error, rows, again=self._registered > 0)
                 if fatal is not None:
                     self._finish(fatal)
                 raise
@@ -212,6 +202,16 @@ class _Agent:
     # Channels
 
     async def _run_session(self) -> None:
+        if not self._models:
+            try:
+                self._models = await discover_models(self._engine)
+            except PublisherError as error:
+                self._finish(error)
+                return
+        self._served = frozenset(model.name for model in self._models)
+        await self._power.probe()
+        if self._config.hibernate_after_s is not None:
+            self._nursery.start_soon(self._power.run_idle)
         await self._register_until_done()
         # Not before: the answer says how often.
         self._nursery.start_soon(self._run_heartbeats)
@@ -225,11 +225,13 @@ class _Agent:
             opened = trio.current_time()
             unknown = False
             try:
-                reason = await self._run_channel()
+                channel = Channel(self._config.keepalive_s, self._handle)
+                reason = await channel.run(self._broker.open_frames())
             except BrokerRefused as error:
                 reason, unknown = str(error), error.status == 404
-                if error.status in (401, 403):
-                    self._finish(KeyRefused(f"the broker refuses the key: {error.message}"))
+                # Without a code it is a proxy that speaks, in a broker's absence perhaps.
+                if error.code and (refused := key_refused(error)) is not None:
+                    self._finish(refused)
             except (BrokerError, EventTooLarge) as error:
                 reason = str(error)
             if reason == "superseded":
@@ -259,43 +261,10 @@ class _Agent:
             return False
         return True
 
-    async def _run_channel(self) -> str:
-        """One channel, from its GET to its end; returns why it ended.
-
-        Raises:
-            BrokerError, EventTooLarge: it could not be opened, broke, or is no control channel.
-        """
-        channel = Channel(self._config.keepalive_s)
-        # The GET itself has to answer as soon as a keep-alive comment would have come.
-        with channel.silence:
-            channel.heard()
-            async with self._broker.open_frames() as frames:
-                await self._read_channel(channel, frames)
-        if channel.ended is not None:
-            return channel.ended
-        if channel.error is not None:
-            raise channel.error
-        return f"silent for {channel.patience_s:g} s"
-
-    async def _read_channel(self, channel: Channel, frames: FrameStream) -> None:
-        # An error is kept and raised outside: out of a nursery it would come wrapped in a group.
-        async with trio.open_nursery() as epoch:
-            try:
-                while (received := await frames.receive()) is not None:
-                    channel.heard()
-                    for frame in received:
-                        self._handle(frame, channel, epoch)
-                channel.end("the broker ended the channel")
-            except (BrokerLost, BadFrame, EventTooLarge) as error:
-                channel.error = error
-            # Whatever the broker sent on this channel died with it: engine requests and uploads are aborted.
-            epoch.cancel_scope.cancel()
-
-    def _handle(self, frame: Frame, channel: Channel, epoch: trio.Nursery) -> None:
+    def _handle(self, frame: Frame, epoch: trio.Nursery) -> None:
         match frame:
             case Hello():
                 self._heartbeat_interval_s = frame.heartbeat_interval_s
-                channel.be_patient(frame.keepalive_s)
                 self._emit(ChannelOpen(frame.epoch))
                 self._report_started()
             case Infer() if frame.task_id not in self._in_hand:
@@ -316,11 +285,7 @@ class _Agent:
                 epoch.start_soon(self._run_wake, frame, waiter)
             case Cancel():
                 self._drop(frame.task_id)
-            case Bye():
-                channel.end(frame.reason or "bye")
-                # By cancelling and not by leaving the loop: see `abandon`.
-                channel.silence.cancel()
-            case _:
+            case Infer() | Wake():
                 logger.warning("the broker sent task %s twice", frame.task_id)
 
     def _drop(self, task_id: str) -> None:
@@ -410,22 +375,24 @@ class _Agent:
         await stop.wait()
         self._draining = True
         self._emit(Draining(in_flight=self._power.in_flight))
-        with trio.move_on_after(self._config.drain_grace_s + _FAREWELL_S):
+        if self._registered:
             try:
-                if self._registered:
-                    await self._say_goodbye()
-            except BrokerError as error:
-                logger.info("goodbye could not be said: %s", error)
+                await self._say_goodbye()
+            except (BrokerError, trio.TooSlowError) as error:
+                logger.info("goodbye could not be said: %s", error or "the broker does not answer")
         self._emit(Drained(abandoned=self._power.in_flight))
         self._finish(StopReason.STOPPED)
 
     async def _say_goodbye(self) -> None:
-        async with self._broker.in_order:
-            await self._broker.register([], self._version)
+        # Each with a bound of its own: a broker that has gone silent holds up no stop.
+        with trio.fail_after(self._config.farewell_s):
+            async with self._broker.in_order:
+                await self._broker.register([], self._version)
         with trio.move_on_after(self._config.drain_grace_s):
             await self._power.wait_until_idle()
-        async with self._broker.in_order:
-            await self._broker.goodbye()
+        with trio.fail_after(self._config.farewell_s):
+            async with self._broker.in_order:
+                await self._broker.goodbye()
 
 
 def _version() -> str:

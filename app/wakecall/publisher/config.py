@@ -78,6 +78,7 @@ class PublisherConfig:
         keepalive_s: what to assume until `hello` says it; a channel silent for three of them is opened anew.
         backoff_base_s, backoff_cap_s: first and longest pause before the channel is opened again.
         drain_grace_s: how long infers in flight are waited for when stopping.
+        farewell_s: then, for each of the two requests of a goodbye, their turn among others included.
         health_interval_s, health_timeout_s: pause between two probes of a waking engine, and patience with one.
         hibernate_s: the most that the hibernate command may take.
         terminate_grace_s: between SIGTERM and SIGKILL for a command that is being ended.
@@ -109,6 +110,7 @@ class PublisherConfig:
     backoff_base_s: float = 0.2
     backoff_cap_s: float = 15.0
     drain_grace_s: float = 30.0
+    farewell_s: float = 5.0
     health_interval_s: float = 0.25
     health_timeout_s: float = 5.0
     hibernate_s: float = 120.0

@@ -45,9 +45,20 @@ class KeyRefused(PublisherError):
     exit_code = 78
 
 
-class NameTaken(PublisherError):
-    """A name or the session id belongs to somebody else (409 on register)."""
-
-
 class RegistrationRefused(PublisherError):
-    """The broker refuses to register the rows for another reason; trying again would not help."""
+    """The broker refuses to register the rows; trying again would not help.
+
+    Args:
+        message: for a person; it names the model, if it is about one.
+        code: the protocol's, such as `too_many`; empty if the answer was not in its form.
+        name: of the model that is at fault; None if it is not one.
+    """
+
+    def __init__(self, message: str, *, code: str = "", name: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.name = name
+
+
+class NameTaken(RegistrationRefused):
+    """A name or the session id belongs to somebody else (409 on register)."""

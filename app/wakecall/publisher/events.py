@@ -125,7 +125,7 @@ class Draining:
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """Stopped: goodbye was said, `abandoned` infers had not ended within the grace."""
+    """Stopped: goodbye was said if the broker could be reached, `abandoned` infers had not ended within the grace."""
 
     abandoned: int
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 from .config import AnnouncedStatus, PublishedModel, PublisherConfig
 from .errors import KeyRefused, NameTaken, PublisherError, RegistrationRefused
 from .wire import BrokerRefused, Row
+
+_MEMBER_OF_ROW = re.compile(r"llms\[([0-9]{1,6})\](?:\.(\w+))?")
 
 
 def rows_to_register(config: PublisherConfig, models: Iterable[PublishedModel], status: AnnouncedStatus) -> list[Row]:
@@ -25,12 +28,38 @@ def rows_to_register(config: PublisherConfig, models: Iterable[PublishedModel], 
     ]
 
 
-def fatal_error(error: BrokerRefused) -> PublisherError | None:
-    """What a refused register means for the publisher; None if trying again may help."""
+def key_refused(error: BrokerRefused) -> KeyRefused | None:
+    """What ends the publisher if the refusal is of its key; else None."""
     if error.status in (401, 403):
         return KeyRefused(f"the broker refuses the key: {error.message}")
-    if error.status == 409:
-        return NameTaken(f"the broker refuses the registration: {error.message}")
-    if 400 <= error.status < 500 and error.status not in (408, 429):
-        return RegistrationRefused(f"the broker refuses the registration: {error}")
     return None
+
+
+def fatal_error(error: BrokerRefused, rows: Sequence[Row], *, again: bool) -> PublisherError | None:
+    """What a refused register means for the publisher; None if trying again may help.
+
+    Args:
+        error: the broker's answer.
+        rows: what was to be registered: the answer names a row by its place.
+        again: whether the broker had the session before.
+    """
+    if again and not error.code:
+        # Not the broker's words but those of a proxy, which has no broker behind it while that restarts.
+        return None
+    if (refused := key_refused(error)) is not None:
+        return refused
+    if not 400 <= error.status < 500 or error.status in (408, 429):
+        return None
+    name, what = _row_at_fault(error.param, rows)
+    kind = NameTaken if error.status == 409 else RegistrationRefused
+    message = f"the broker refuses to register {what}{' again' if again else ''}: {error.message}"
+    return kind(message, code=error.code, name=name)
+
+
+def _row_at_fault(param: str, rows: Sequence[Row]) -> tuple[str | None, str]:
+    """The name of the row that a `param` such as `llms[0].name` means, and words for what is refused."""
+    found = _MEMBER_OF_ROW.fullmatch(param)
+    if found is None or int(found[1]) >= len(rows):
+        return None, "its models"
+    name, member = rows[int(found[1])].name, found[2]
+    return name, repr(name) if member in (None, "name") else f"{name!r} ({member})"

@@ -37,13 +37,15 @@ class BrokerRefused(BrokerError):
         status: of the response.
         code: the stable code of the protocol, empty if the answer is not in its form (a proxy's, say).
         message: for people.
+        param: the member of the request at fault, such as `llms[0].name`; empty if it is none.
     """
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, param: str = "") -> None:
         super().__init__(f"{message} ({status} {code})" if code else f"{message} ({status})")
         self.status = status
         self.code = code
         self.message = message
+        self.param = param
 
     @property
     def is_over(self) -> bool:
@@ -136,6 +138,7 @@ def decode_frame(event: ServerSentEvent) -> Frame | None:
 class _ErrorDetail(msgspec.Struct):
     message: str = ""
     code: str | None = None
+    param: str | None = None
 
 
 class _ErrorBody(msgspec.Struct):
@@ -313,7 +316,7 @@ class BrokerClient:
         except (msgspec.MsgspecError, UnicodeDecodeError):
             detail = _ErrorDetail()
         message = detail.message[:1024] or f"the broker answers {response.status_code}"
-        raise BrokerRefused(response.status_code, detail.code or "", message)
+        raise BrokerRefused(response.status_code, detail.code or "", message, detail.param or "")
 
     def _task(self, task_id: str, what: str) -> str:
         return f"{self._base}/tasks/{quote(task_id, safe='')}/{what}"
