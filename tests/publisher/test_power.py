@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from tests.publisher.peers import Exchange, Peer, Stage, closed_port
-from tests.publisher.test_process import is_running, wait_ended, wait_pid
+from tests.publisher.test_process import is_running, wait_ended, wait_pid, wait_said
 from wakecall.publisher import (
     Asleep,
     Awake,
@@ -21,6 +21,8 @@ from wakecall.publisher import (
     WakeFailed,
     Waking,
 )
+from wakecall.publisher.process import cut_log
+from wakecall.publisher.state import state_path
 
 
 @pytest.fixture
@@ -128,7 +130,9 @@ async def test_the_engine_that_a_wake_started_outlives_the_agent(stage: Stage, u
     try:
         publisher.stop.set()
         assert await publisher.wait_ended() is StopReason.STOPPED
-        await trio.sleep(0.1)  # for the daemon to write where nobody reads any more
+        log = state_path(stage.config()).with_suffix(".log")
+        cut_log(log, 0)
+        await wait_said(log, "noise")  # where nobody reads any more
         assert is_running(pid)
     finally:
         os.kill(pid, signal.SIGKILL)

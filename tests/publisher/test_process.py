@@ -39,6 +39,21 @@ async def wait_said(log: Path, line: str) -> None:
             await trio.sleep(0.01)
 
 
+async def cancel_once_running(command: str, log: Path, *pid_files: Path, grace_s: float) -> list[int]:
+    """Cancel a command that has written its process ids and would not end; returns them once that is done."""
+
+    async def run() -> None:
+        async with open_command(command, log, grace_s=grace_s):
+            pytest.fail("the block began")
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            pids = [await wait_pid(path) for path in pid_files]
+            nursery.cancel_scope.cancel()
+    return pids
+
+
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     return tmp_path / "command.log"
@@ -80,31 +95,13 @@ async def test_what_a_failed_command_left_behind_is_ended(tmp_path: Path, log: P
 
 async def test_cancelling_ends_the_whole_group(tmp_path: Path, log: Path) -> None:
     command = f"sleep 60 & echo $! > {tmp_path}/child; echo $$ > {tmp_path}/shell; wait"
-    with trio.fail_after(5):
-        async with trio.open_nursery() as nursery:
-
-            async def run() -> None:
-                async with open_command(command, log, grace_s=2):
-                    pytest.fail("the block began")
-
-            nursery.start_soon(run)
-            pids = [await wait_pid(tmp_path / "child"), await wait_pid(tmp_path / "shell")]
-            nursery.cancel_scope.cancel()
+    pids = await cancel_once_running(command, log, tmp_path / "child", tmp_path / "shell", grace_s=2)
     assert not any(is_running(pid) for pid in pids)
 
 
 async def test_a_group_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path, log: Path) -> None:
     command = f"trap '' TERM; sleep 60 & echo $! > {tmp_path}/pid; wait; wait"
-    with trio.fail_after(5):
-        async with trio.open_nursery() as nursery:
-
-            async def run() -> None:
-                async with open_command(command, log, grace_s=0.05):
-                    pytest.fail("the block began")
-
-            nursery.start_soon(run)
-            pid = await wait_pid(tmp_path / "pid")
-            nursery.cancel_scope.cancel()
+    [pid] = await cancel_once_running(command, log, tmp_path / "pid", grace_s=0.05)
     await wait_ended(pid)
 
 

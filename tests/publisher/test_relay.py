@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.publisher.peers import Exchange, Stage, closed_port
+from tests.publisher.peers import Exchange, Stage, begin_stream, closed_port
 from wakecall.publisher import InferFinished, PublishedModel
 
 
@@ -85,14 +85,9 @@ async def test_a_body_that_is_not_in_the_frame_is_fetched(stage: Stage) -> None:
 
 async def test_cancel_closes_the_engines_connection_and_the_upload(stage: Stage) -> None:
     publisher, channel = await stage.publish()
-    await channel.infer("t1")
-    first = await stage.engine.next()
+    first, upload = await begin_stream(stage, channel, "t1")
     await channel.infer("t2")
     second = await stage.engine.next()
-    await first.start(200, {"content-type": "text/event-stream"})
-    await first.send(b"data: 1\n\n")
-    upload = await stage.broker.wait("result", "t1")
-    await upload.wait_body(b"data: 1\n\n")
     await channel.send("cancel", task_id="t1", reason="client_disconnected")
     with trio.fail_after(5):
         await first.broken.wait()
@@ -160,13 +155,7 @@ async def test_an_engine_that_dies_midway_is_reported_before_the_upload_breaks_o
 
     stage.broker.on["failure"] = take_failure
     publisher, channel = await stage.publish(upload=mode)
-    await channel.infer("t1")
-    request = await stage.engine.next()
-    await request.start(200, {"content-type": "text/event-stream"})
-    await request.send(b"data: 1\n\n")
-    kind = "result" if mode == "stream" else "chunks"
-    upload = await stage.broker.wait(kind, "t1")
-    await upload.wait_body(b"data: 1\n\n")
+    request, upload = await begin_stream(stage, channel, "t1", "result" if mode == "stream" else "chunks")
     request.reset()
     failure = await stage.broker.wait_whole("failure", "t1")
     assert "broke off" in failure.json["message"]
@@ -185,6 +174,54 @@ async def test_an_engine_that_dies_before_its_head_is_a_failure(stage: Stage) ->
     await channel.infer("t1")
     (await stage.engine.next()).reset()
     assert "no answer" in (await stage.broker.wait_whole("failure", "t1")).json["message"]
+
+
+async def test_an_upload_that_is_reset_unread_is_reported(stage: Stage) -> None:
+    """The broker never saw its head, so that the task is still there and its client waiting: only this ends it."""
+    publisher, channel = await stage.publish()
+    await channel.infer("t1")
+    request = await stage.engine.next()
+    stage.broker.peer.resets = 1
+    await request.respond(200, b"{}")
+    failure = await stage.broker.wait_whole("failure", "t1")
+    assert "upload of the answer broke off" in failure.json["message"]
+    assert (await publisher.wait(InferFinished)).outcome == "failed"
+    assert not stage.broker.all("result")
+    assert stage.broker.peer.resets == 0
+
+
+async def test_an_upload_that_is_reset_midway_is_reported_and_its_engine_stopped(stage: Stage) -> None:
+    publisher, channel = await stage.publish()
+    request, upload = await begin_stream(stage, channel, "t1")
+    upload.reset()
+    with contextlib.suppress(trio.BrokenResourceError):
+        # A reset is noticed by what is sent next.
+        while not request.broken.is_set():
+            await request.send(b"data: 2\n\n")
+    await stage.broker.wait_whole("failure", "t1")
+    assert (await publisher.wait(InferFinished)).outcome == "failed"
+    assert len(stage.broker.all("failure")) == 1
+
+
+@pytest.mark.parametrize("mode", ["stream", "chunks"])
+async def test_after_its_channel_nothing_of_an_infer_is_posted(stage: Stage, mode: str) -> None:
+    """Neither a result nor a failure: not for one that was answering, nor for one whose engine had yet to."""
+    _, channel = await stage.publish(upload=mode)
+    answering, _ = await begin_stream(stage, channel, "t1", "result" if mode == "stream" else "chunks")
+    await channel.infer("t2")
+    thinking = await stage.engine.next()
+    cut_at = len(stage.broker.seen)
+    channel.cut()
+    with trio.fail_after(5):
+        await answering.broken.wait()
+        await thinking.broken.wait()
+    again = await stage.broker.next_channel()
+    await again.infer("t3")
+    await (await stage.engine.next()).respond(200, b"{}")
+    await stage.broker.wait_whole("result", "t3")
+    posted = [exchange.path for _, exchange in stage.broker.seen[cut_at:] if "/tasks/" in exchange.path]
+    assert posted
+    assert all("/t3/" in path for path in posted)
 
 
 @pytest.mark.parametrize("status", [404, 409, 410])
