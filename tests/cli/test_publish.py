@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from tests.cli.processes import call, run_wakecall
-from wakecall import Broker, ServeConfig, open_broker, serve
+from wakecall import Broker, LLMSpec, ServeConfig, open_broker, serve
 from wakecall.cli.demo_engine import serve_demo_engine
 from wakecall.cli.publish import sentence
 from wakecall.publisher import PublisherEvent, RegisteredModel, events
@@ -151,6 +151,27 @@ async def test_a_second_agent_for_one_engine_is_refused(tmp_path: Path) -> None:
         async with run_wakecall(*stage.args, state=tmp_path) as second:
             assert await second.wait() == 78
             assert "Error: Another publisher is running for this broker and engine" in second.err.text
+            assert "to run two on purpose, give each of them a --session of its own." in second.err.text
+
+
+async def test_two_agents_for_one_engine_need_two_sessions(tmp_path: Path) -> None:
+    """Another name does not make it another engine: the second says how it is done, and as it says, it works."""
+    first, second = (("--name", name, "--model", "wakecall-demo") for name in ("one", "two"))
+    async with open_stage() as stage, run_wakecall(*stage.args, *first, state=tmp_path) as publish:
+        await publish.err.wait("channel open")
+        async with run_wakecall(*stage.args, *second, state=tmp_path) as refused:
+            assert await refused.wait() == 78
+            assert "--session" in refused.err.text
+        async with run_wakecall(*stage.args, *second, "--session", "other", state=tmp_path) as other:
+            await other.err.wait("channel open")
+            assert stage.statuses() == {"one": "active", "two": "active"}
+            assert [(await stage.chat(name)).status_code for name in ("one", "two")] == [200, 200]
+            async with run_wakecall(*stage.args, *second, "--session", "other", state=tmp_path) as third:
+                assert await third.wait() == 78
+                assert "Another publisher is running with this session id" in third.err.text
+            other.send(signal.SIGTERM)
+            assert await other.wait() == 0
+        assert stage.statuses() == {"one": "active", "two": "inactive"}
 
 
 async def test_a_name_that_is_taken_ends_it(tmp_path: Path) -> None:
@@ -158,8 +179,40 @@ async def test_a_name_that_is_taken_ends_it(tmp_path: Path) -> None:
         await stage.broker.put_public_llm("wakecall-demo", type="x", model="m", url="http://127.0.0.1:1")
         async with run_wakecall(*stage.args, state=tmp_path) as publish:
             assert await publish.wait() == 1
-            assert "a public model's" in publish.err.text
+            assert "refuses to register 'wakecall-demo': This name is a public model's" in publish.err.text
+            assert "Publish yours under another --name" in publish.err.text
             assert "Traceback" not in publish.err.text
+
+
+async def test_a_name_that_another_session_took_meanwhile_ends_it(tmp_path: Path) -> None:
+    """Its session is gone from the broker, and when it registers again the name is somebody else's."""
+    async with open_stage() as stage, run_wakecall(*stage.args, "--session", "s", state=tmp_path) as publish:
+        await publish.err.wait("channel open")
+        await stage.broker.goodbye("s")
+        await stage.broker.register("thief", [LLMSpec("wakecall-demo")])
+        assert await publish.wait() == 1
+        said = "The broker refuses to register 'wakecall-demo' again: Another session holds this name."
+        assert f"Error: {said} Publish yours under another --name" in publish.err.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_is_heard_while_an_engine_does_not_answer(number: signal.Signals, tmp_path: Path) -> None:
+    """It is asked for its models first, and may take as long as it likes."""
+    asked = trio.Event()
+
+    async def say_nothing(stream: trio.SocketStream) -> None:
+        asked.set()
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, say_nothing, 0, host="127.0.0.1"))
+        engine = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        async with run_wakecall("publish", "--engine", engine, state=tmp_path) as publish:
+            await asked.wait()
+            publish.send(number)
+            assert await publish.wait() == 0
+            assert "Traceback" not in publish.err.text
+        nursery.cancel_scope.cancel()
 
 
 def test_an_engine_that_is_not_there_is_said(tmp_path: Path) -> None:

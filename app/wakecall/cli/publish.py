@@ -28,7 +28,9 @@ from ..publisher import (
     PublisherError,
     PublisherEvent,
     Registered,
+    RegistrationRefused,
     SleepFailed,
+    StateLocked,
     StopReason,
     Superseded,
     WakeFailed,
@@ -37,7 +39,7 @@ from ..publisher import (
     run_publisher,
 )
 from . import VERBS
-from .common import ConfigurationError, SectionedCommand, broker_option, handle_signals, log_options, option
+from .common import ConfigurationError, SectionedCommand, broker_option, handle_signals, log_options, option, printable
 from .logs import configure_logging, log_event
 
 __all__ = ["command", "sentence"]
@@ -45,6 +47,17 @@ __all__ = ["command", "sentence"]
 logger = logging.getLogger("wakecall.publisher")
 
 _SLEEP: Final = "An engine that sleeps"
+_TWO_ON_PURPOSE: Final = "Stop it; to run two on purpose, give each of them a --session of its own."
+_ANOTHER_NAME: Final = "Publish yours under another --name, with --model for the engine's own id of it"
+# For the code with which a broker refuses to register; none at all is somebody else's answer.
+_REMEDIES: Final = {
+    "llm_name_taken": f"{_ANOTHER_NAME}, or stop the publisher that has it.",
+    "llm_is_public": f"{_ANOTHER_NAME}.",
+    "session_taken": "Choose another --session.",
+    "too_many": "Publish fewer: one model with --name.",
+    "not_found": "Is --broker the address of a Wakecall broker?",
+    "": "Is --broker the address of a Wakecall broker?",
+}
 
 
 @click.command("publish", cls=SectionedCommand, short_help=VERBS["publish"])
@@ -69,7 +82,8 @@ _SLEEP: Final = "An engine that sleeps"
     "--session",
     envvar="WAKECALL_SESSION",
     metavar="ID",
-    help="A session id of your own, instead of one made up and kept for this broker and engine.",
+    help="A session id of your own, instead of one made up and kept for this broker and engine; for two publishers of"
+    " one engine, say.",
 )
 @option(
     "--max-concurrency",
@@ -189,8 +203,14 @@ def command(
 
 
 def _said(error: PublisherError) -> str:
-    text = str(error)
-    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
+    """What went wrong, as a sentence, and which option helps."""
+    text = printable(str(error))
+    text = f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
+    if isinstance(error, StateLocked):
+        remedy = _TWO_ON_PURPOSE
+    else:
+        remedy = _REMEDIES.get(error.code, "") if isinstance(error, RegistrationRefused) else ""
+    return f"{text} {remedy}".rstrip()
 
 
 async def _run(config: PublisherConfig) -> StopReason | None:

@@ -59,10 +59,8 @@ def open_state(config: PublisherConfig) -> Iterator[State]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StateLocked(
-                f"another publisher is running for this broker and engine: it holds {path}. "
-                "Stop it, or give this one a session id of its own"
-            ) from error
+            whose = "for this broker and engine" if config.session_id is None else "with this session id"
+            raise StateLocked(f"another publisher is running {whose}: it holds {path}") from error
         except OSError as error:
             raise StateUnusable(f"the state file {path} cannot be locked: {error.strerror}") from error
         try:
