@@ -206,10 +206,26 @@ def check_counters(broker: Broker) -> None:
     assert now.accepted == now.completed + now.failed + now.cancelled + now.waiting + now.in_flight, now
 
 
+class _Watch(trio.abc.Instrument):
+    """Looks at a condition after every step of every task, until it holds."""
+
+    def __init__(self, condition: Callable[[], bool]) -> None:
+        self._condition = condition
+        self.holds = trio.Event()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        if not self.holds.is_set() and self._condition():
+            self.holds.set()
+
+
 async def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for what other tasks and sockets bring about; the server's own deadline ends a wait that is in vain."""
-    while not condition():
-        await trio.sleep(0.001)
+    """Return once `condition` held after some task's step; the server's own deadline ends a wait that is in vain."""
+    watch = _Watch(condition)
+    trio.lowlevel.add_instrument(watch)
+    try:
+        await watch.holds.wait()
+    finally:
+        trio.lowlevel.remove_instrument(watch)
 
 
 @asynccontextmanager

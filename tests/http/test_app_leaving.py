@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from tests.http.served import SSE, Served, head, open_served, wait_until
-from tests.http.wire import Wire, open_server
+from tests.http.wire import open_server, send_until_stuck
 from wakecall.broker import open_broker
 from wakecall.config import BrokerConfig
 from wakecall.http import create_app
@@ -21,15 +21,7 @@ from wakecall.http.relay import EventsBody
 from wakecall.models import InferSettled, LLMSpec, Statistics, Status
 
 STREAM = {"model": "qwen", "stream": True}
-
-
-async def fill(wire: Wire, upload: Any) -> None:
-    """Send events until the client's connection takes no more."""
-    while True:
-        with trio.move_on_after(0.3) as stuck:
-            await upload.send(b"data: %b\n\n" % (b"x" * 65528))
-        if stuck.cancelled_caught:
-            return
+EVENT = b"data: %b\n\n" % (b"x" * 65528)
 
 
 async def test_a_client_that_leaves_behind_a_stuck_write_cancels_its_infer(served: Served) -> None:
@@ -39,7 +31,7 @@ async def test_a_client_that_leaves_behind_a_stuck_write_cancels_its_infer(serve
         await client.send(head("POST", "/v1/completions", f"content-length: {len(body)}") + body)
         frame = await publisher.next("infer")
         async with publisher.upload(frame, SSE) as upload:
-            await fill(client, upload)
+            await send_until_stuck(lambda: upload.send(EVENT))
             await client.half_close()
             assert (await publisher.next("cancel")).task_id == frame.task_id
             assert served.broker.statistics().in_flight == 0

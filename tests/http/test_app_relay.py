@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from tests.http.served import JSON, SSE, Served, open_served, wait_until
+from tests.http.wire import send_until_stuck
 from wakecall.config import BrokerConfig
 
 CALL = {"model": "qwen"}
@@ -414,13 +415,14 @@ async def test_a_slow_client_holds_back_its_own_upload_alone(served: Served) -> 
         frame = await publisher.next("infer")
         async with publisher.upload(frame, SSE) as upload:
             sent = 0
-            while True:
-                with trio.move_on_after(0.3) as stuck:
-                    await upload.send(b"data: %b\n\n" % (b"x" * 65528))
-                if stuck.cancelled_caught:
-                    break
+
+            async def send() -> None:
+                nonlocal sent
+                await upload.send(b"data: %b\n\n" % (b"x" * 65528))
                 sent += 65536
                 assert sent < 32 * MIB
+
+            await send_until_stuck(send)
             async with served.calling(CALL) as sibling:
                 await publisher.answer(await publisher.next("infer"), b"{}")
                 await sibling.read_head()

@@ -701,3 +701,26 @@ async def test_an_exchange_knows_what_was_declared(app: App) -> None:
         async with server.connect() as wire:
             await wire.send(request_bytes("POST", "/declared", CHUNKED) + chunked(b"abc"))
             assert (await wire.read_answer()).json is None
+
+
+# Progress ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_progress_is_told_to_the_exchange_whose_bytes_wait_and_to_none_after_it(app: App) -> None:
+    """The connection serves on, and the next request's writes are not the last one's."""
+    calls: list[str] = []
+
+    @app.post("/large")
+    async def large() -> Response:
+        query = request.query_string.decode()
+        exchange().on_progress(lambda: calls.append(query))
+        return Response(bytes(16 * MIB))
+
+    async with app.serve() as server, server.connect(receive_buffer=16384) as wire:
+        assert len((await wire.ask("POST", "/large?1")).body) == 16 * MIB
+        assert set(calls) == {"1"}
+        (connection,) = server.barrier.connections
+        assert connection._peer.on_progress is None
+        calls.clear()
+        assert len((await wire.ask("POST", "/large?2")).body) == 16 * MIB
+        assert set(calls) == {"2"}

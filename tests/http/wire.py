@@ -12,12 +12,13 @@ from typing import Any
 import h11
 import msgspec
 import trio
+import trio.testing
 
 from wakecall.http.barrier import Barrier, BarrierSettings, barrier_of
 from wakecall.http.server import hypercorn_config, serve_app
 from wakecall.http.sockets import bind
 
-__all__ = ["Answer", "Server", "Wire", "http_app", "open_server", "request_bytes"]
+__all__ = ["Answer", "Server", "Wire", "http_app", "open_server", "request_bytes", "send_until_stuck"]
 
 #: No test here waits longer for a real socket.
 PATIENCE_S = 15.0
@@ -136,6 +137,19 @@ class Wire:
         """One ordinary request and its answer."""
         await self.send(request_bytes(method, target, *headers, body=body))
         return await self.read_answer(method)
+
+
+async def send_until_stuck(send: Callable[[], Awaitable[None]]) -> None:
+    """Call `send` again and again, until all that is between it and its reader is full and nothing moves any more."""
+    async with trio.open_nursery() as nursery:
+
+        async def go_on() -> None:
+            while True:
+                await send()
+
+        nursery.start_soon(go_on)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        nursery.cancel_scope.cancel()
 
 
 @dataclass

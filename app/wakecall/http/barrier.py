@@ -19,6 +19,7 @@ import enum
 import logging
 import ssl
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -166,6 +167,10 @@ class Connection(TCPServer):
     def abort(self) -> None:
         """Reset the connection. Whoever reads or writes wakes, and the app gets its `http.disconnect`."""
         self._peer.abort()
+
+    def on_progress(self, callback: Callable[[], None] | None) -> None:
+        """Have `callback` called whenever the peer takes something of a write that waits for it; None: nothing any more."""
+        self._peer.on_progress = callback
 
     def end_if_idle(self) -> None:
         """End the connection if no request is under way."""

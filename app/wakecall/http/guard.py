@@ -68,6 +68,7 @@ class _Connection(Protocol):
     def request_id(self) -> bytes: ...
     def cut(self) -> None: ...
     def abort(self) -> None: ...
+    def on_progress(self, callback: Callable[[], None] | None) -> None: ...
     async def send_continue(self) -> None: ...
 
 
@@ -136,6 +137,7 @@ class Exchange:
 
         self._gone = False
         self._callbacks: list[Callable[[], None]] = []
+        self._watches_progress = False
         self._started = self._finished = self._was_cut = False
 
     # The handler's side --------------------------------------------------------------------------------------------
@@ -221,6 +223,16 @@ class Exchange:
         elif not self._finished:
             self._callbacks.append(callback)
 
+    def on_progress(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called whenever the peer takes bytes of this answer that waited for it.
+
+        A peer that is slow but reads is told so from one that takes nothing. It runs in the task that writes: it must not
+        block. After the answer's last message it is not called any more.
+        """
+        if self._connection is not None and not self._finished:
+            self._watches_progress = True
+            self._connection.on_progress(callback)
+
     def cut(self) -> None:
         """End the answer here: the client gets what was sent, then sees that its end is missing.
 
@@ -299,13 +311,21 @@ class Exchange:
 
     def _end(self) -> None:
         self._callbacks.clear()
+        self._ignore_progress()
         self._pieces.clear()
         self.release_body()
 
     def _finish(self) -> None:
         self._finished = True
         self._callbacks.clear()
+        self._ignore_progress()
         self._drop_body()
+
+    def _ignore_progress(self) -> None:
+        # Once only: behind the last message the connection may be the next request's.
+        if self._watches_progress and self._connection is not None:
+            self._watches_progress = False
+            self._connection.on_progress(None)
 
     def _lose_client(self) -> None:
         self._gone = True

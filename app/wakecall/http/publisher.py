@@ -109,6 +109,7 @@ def add_publisher_routes(app: Quart, broker: Broker) -> None:
             raise MethodNotAllowed
         channel = broker.open_channel_nowait(session_id, owner=call.owner)
         call.exchange.on_disconnect(channel.disconnect)
+        call.exchange.on_progress(channel.note_progress)
         return stream_answer(FramesBody(channel, config.keepalive_s), "text/event-stream")
 
     async def get_body(task_id: str) -> Answer:

@@ -137,6 +137,7 @@ class RawBody(StreamBody):
         self._reply = reply
         self._exchange = exchange
         self._held = held
+        exchange.on_progress(reply.note_progress)
 
     async def __anext__(self) -> bytes:
         held, self._held = self._held, b""
@@ -172,7 +173,7 @@ class EventsBody(StreamBody):
 
     def __init__(self, infer: Infer, reply: Reply | None, exchange: Exchange, path: str, config: BrokerConfig) -> None:
         self._infer = infer
-        self._reply = reply
+        self._reply: Reply | None = None
         self._exchange = exchange
         self._path = path
         self._config = config
@@ -182,6 +183,8 @@ class EventsBody(StreamBody):
         self._is_over = False
         self._numbered = path == "/v1/responses"
         self._last_number = -1
+        if reply is not None:
+            self._begin(reply)
 
     async def __anext__(self) -> bytes:
         if self._is_over:
@@ -189,19 +192,24 @@ class EventsBody(StreamBody):
             self._exchange.cut()
             raise StopAsyncIteration
         try:
-            if self._reply is None:
+            reply = self._reply
+            if reply is None:
                 reply = await self._wait()
                 if reply is None:
                     return self._comment
-                self._reply = reply
+                self._begin(reply)
                 if (failure := await self._judge(reply)) is not None:
                     return self._end_with(failure)
-            return await self._forward(self._reply)
+            return await self._forward(reply)
         except WakecallError as error:
             return self._end_with(describe(error))
 
     async def aclose(self) -> None:
         self._infer.cancel()
+
+    def _begin(self, reply: Reply) -> None:
+        self._reply = reply
+        self._exchange.on_progress(reply.note_progress)
 
     async def _wait(self) -> Reply | None:
         """The reply; None when it is time for a comment."""

@@ -6,6 +6,7 @@ import array
 import contextlib
 import socket
 import struct
+from collections.abc import Callable
 from types import ModuleType
 
 import trio
@@ -34,10 +35,15 @@ class PeerStream(trio.abc.HalfCloseableStream):
     Args:
         sock: a connected TCP socket.
         stall_s: seconds without any progress after which the peer is cut; noticed within 1.25 times of it.
+
+    Attributes:
+        on_progress: called whenever the peer is seen to take something of a write that has to wait for it. What handed
+            the bytes over and keeps a clock of its own learns by it that the peer is slow, not stuck. Must not block.
     """
 
     def __init__(self, sock: trio.socket.SocketType, stall_s: float) -> None:
         self.socket = sock
+        self.on_progress: Callable[[], None] | None = None
         self._stall_s = stall_s
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -57,9 +63,13 @@ class PeerStream(trio.abc.HalfCloseableStream):
                     sent += await self.socket.send(rest)
                     queued, gives_up_at = None, trio.current_time() + self._stall_s
                 if not scope.cancelled_caught:
+                    if sent < len(data):
+                        self._note_progress()
                     continue
                 still_queued = self._unacknowledged()
                 if queued is None or still_queued < queued:
+                    if queued is not None:
+                        self._note_progress()
                     queued, gives_up_at = still_queued, trio.current_time() + self._stall_s
                 elif trio.current_time() >= gives_up_at:
                     self.abort()
@@ -106,6 +116,10 @@ class PeerStream(trio.abc.HalfCloseableStream):
         with contextlib.suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self.socket.close()
+
+    def _note_progress(self) -> None:
+        if self.on_progress is not None:
+            self.on_progress()
 
     def _unacknowledged(self) -> int:
         """Bytes of ours that the peer's kernel has not acknowledged."""
