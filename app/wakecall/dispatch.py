@@ -29,6 +29,7 @@ from .errors import (
     PublisherDisconnected,
     PublisherLostWhileWaking,
     QueueFull,
+    ShutDownAtWork,
     ShuttingDown,
     WakecallError,
     WakeTimeout,
@@ -378,7 +379,7 @@ class Dispatcher:
         for wake in wakes:
             self.settle_wake(wake, "lost", ShuttingDown() if shutdown else PublisherLostWhileWaking(), cancel=cancel)
         for infer in infers:
-            self.settle(infer, "failed", ShuttingDown() if shutdown else PublisherDisconnected(), cancel=cancel)
+            self.settle(infer, "failed", ShutDownAtWork() if shutdown else PublisherDisconnected(), cancel=cancel)
         return len(infers)
 
     def refuse_waiting(self, row: Row, error: type[WakecallError]) -> None:

@@ -46,6 +46,7 @@ __all__ = [
     "ResultInProgress",
     "SessionNotFound",
     "SessionTaken",
+    "ShutDownAtWork",
     "ShuttingDown",
     "StoreUnavailable",
     "TaskAlreadySettled",
@@ -378,6 +379,13 @@ class ShuttingDown(Unavailable):
     code = "shutting_down"
     default_message = "The broker is stopping."
     default_retry_after_s = 5.0
+
+
+class ShutDownAtWork(ShuttingDown):
+    """The broker stopped with the infer's frame sent: it may have generated, so nobody repeats it."""
+
+    default_message = "The broker stopped while the model worked on this request."
+    should_retry = False
 
 
 class StoreUnavailable(Unavailable):

@@ -51,6 +51,8 @@ async def test_what_outlasts_the_grace_is_cancelled_and_everybody_is_told(autoju
         for call in calls:
             await call.over.wait()
             assert (call.code, call.error.status, call.error.retry_after_s) == ("shutting_down", 503, 5)
+        # One was sent and may have generated: its caller is told not to repeat it. The others may.
+        assert sorted(call.error.should_retry is False for call in calls) == [False, False, True]
         await wait_all_tasks_blocked()
         cancels = publisher.events("cancel")
         assert {cancel["task_id"] for cancel in cancels} == sent

@@ -20,6 +20,7 @@ from wakecall.errors import (
     PublisherLostWhileWaking,
     QueueFull,
     RequestError,
+    ShutDownAtWork,
     TaskOver,
     Unavailable,
     WakecallError,
@@ -71,8 +72,9 @@ CLIENTS: dict[str, tuple[int, bool | None, float | None]] = {
 GROUPS = {WakecallError, RequestError, TaskOver, InferFailed, Unavailable}
 ALL = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, WakecallError)]
 LEAVES = [each for each in ALL if each not in GROUPS]
-#: Two that no table lists: an outcome, never an answer; and the other row of `publisher_disconnected`.
-APART = {InferCancelled, PublisherLostWhileWaking}
+#: Three that no table lists: an outcome, never an answer; the other row of `publisher_disconnected`; and a shutdown that
+#: takes what was sent, where the table's row would have it generated twice.
+APART = {InferCancelled, PublisherLostWhileWaking, ShutDownAtWork}
 
 
 def test_every_code_of_the_protocol_is_one_class() -> None:
@@ -111,6 +113,7 @@ def test_whatever_may_have_generated_is_not_repeated() -> None:
         "internal_error",
     }
     assert PublisherDisconnected.should_retry is False
+    assert ShutDownAtWork.should_retry is False
 
 
 def test_the_tree_is_cut_by_whose_doing_it_was() -> None:
