@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from typing import Any
 
 import pytest
 import trio
 
-from tests.http.served import HOST, JSON, Served, head, open_served, wait_until
+from tests.http.served import HOST, JSON, Served, as_bytes, head, open_served, wait_until
 from tests.http.wire import Wire
 from wakecall.config import BrokerConfig
+from wakecall.http import calls, client
 from wakecall.http.client import RELAYED
 
 MIB = 1 << 20
@@ -225,3 +227,53 @@ async def test_a_header_too_long_for_a_frame_is_refused(served: Served) -> None:
     for header in ("content-type", "accept"):
         answer = await served.call(CALL, "/v1/chat/completions", f"{header}: a/{'b' * 1100}")
         assert (answer.status, answer.code) == (400, "invalid_request")
+
+
+# Large bodies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("large", [False, True])
+async def test_a_large_body_is_looked_into_beside_the_loop(
+    served: Served, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """A client's, a publisher's: what may take seconds must not hold up every stream. A small one is not worth a thread."""
+    threads: list[int] = []
+
+    def noting(look: Any) -> Any:
+        def noted(*arguments: Any) -> Any:
+            threads.append(threading.get_ident())
+            return look(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(client, "sniff", noting(client.sniff))
+    monkeypatch.setattr(calls, "decode", noting(calls.decode))
+    pad = "x" * (300_000 if large else 200_000)
+    assert (await served.call({"model": "nobody", "pad": pad})).code == "model_not_found"
+    assert (await served.ask("PUT", "/publisher/v1/sessions/s", JSON, body=as_bytes({"pad": pad}))).code == (
+        "invalid_request"
+    )
+    assert [thread != threading.get_ident() for thread in threads] == [large, large]
+
+
+async def test_a_client_that_leaves_while_its_body_is_looked_into_leaves_nothing(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the thread is free for the next one."""
+    started, release = trio.Event(), threading.Event()
+    token = trio.lowlevel.current_trio_token()
+    real = client.sniff
+
+    def slow(*arguments: Any) -> Any:
+        token.run_sync_soon(started.set)
+        release.wait(10)
+        return real(*arguments)
+
+    monkeypatch.setattr(client, "sniff", slow)
+    async with served.publishing():
+        async with served.calling({"model": "qwen", "pad": "x" * 300_000}):
+            await started.wait()
+        release.set()
+        assert (await served.call({"model": "nobody", "pad": "x" * 300_000})).code == "model_not_found"
+        now = served.broker.statistics()
+        assert (now.in_flight, now.waiting) == (0, 0)

@@ -108,6 +108,44 @@ def test_numbers_beyond_bounds_are_found_behind_a_mebibyte_of_strings() -> None:
             decode(note(strings + b", 1e999]"), Outer)
 
 
+@pytest.mark.parametrize("number", [b"1e999", b"-1.5E+309", b"18446744073709551616", b"9" * 400 + b".0"])
+@pytest.mark.parametrize("filler", [b" ", b'"",', b'"\\"",', b'"\\\\",', b'"1e999[[",'])
+def test_a_number_is_found_wherever_a_piece_ends(number: bytes, filler: bytes) -> None:
+    """In the middle of it, of an escape, of a string."""
+    for shift in range(12):
+        start = note(b"[" + b" " * shift)[:-1]
+        fill = filler * (((1 << 18) - 6 - len(start)) // len(filler))
+        assert sniff(start + fill + b"1]}", "application/json").model == "x"
+        with pytest.raises(InvalidJson):
+            sniff(start + fill + number + b"]}", "application/json")
+
+
+@given(
+    st.sampled_from(["", "-"]),
+    st.one_of(
+        st.integers(0, 99), st.integers(1, 10**25), st.integers(2**64 - 3, 2**64 + 3), st.integers(2**63 - 3, 2**63 + 3)
+    ),
+    st.sampled_from(["", ".0", ".7976931348623157", ".7976931348623159", "." + "9" * 30]),
+    st.one_of(st.none(), st.integers(280, 312), st.integers(-400, 400)),
+    st.sampled_from(["e", "E", "e+", "e00"]),
+)
+def test_a_number_is_within_bounds_or_it_is_not(
+    sign: str, whole: int, fraction: str, exponent: int | None, letter: str
+) -> None:
+    """The plain definition again, around the edges."""
+    number = f"{sign}{whole}{fraction}"
+    if exponent is not None:
+        number += f"{letter}{exponent}" if exponent >= 0 else f"e{exponent}"
+    is_integer = not fraction and exponent is None
+    good = -(2**63) <= int(number) < 2**64 if is_integer else abs(float(number)) != float("inf")
+    body = note(f"[1,{number},2]".encode())
+    if good:
+        assert sniff(body, "application/json").model == "x"
+    else:
+        with pytest.raises(InvalidJson):
+            sniff(body, "application/json")
+
+
 JSON_VALUES = st.recursive(
     st.none()
     | st.booleans()

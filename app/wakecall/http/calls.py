@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
+import trio
 from quart import Request, request
 
 from ..errors import Forbidden, InvalidRequest, UnsupportedEncoding
@@ -12,9 +14,15 @@ from .auth import Role, authenticate
 from .guard import Exchange, current_exchange_of
 from .parsing import decode
 
-__all__ = ["Call", "begin", "one_header", "read_json", "refuse_encoded"]
+__all__ = ["Call", "begin", "look_into", "one_header", "read_json", "refuse_encoded"]
 
 T = TypeVar("T")
+
+#: Looking into so many bytes takes the loop's time for less than a few milliseconds, whatever they are.
+_INLINE_BYTES: Final = 256 * 1024
+
+#: One at a time: more would only take the interpreter from the loop, and from each other.
+_threads: Final = trio.lowlevel.RunVar[trio.CapacityLimiter]("wakecall: threads for large bodies")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +69,31 @@ def refuse_encoded(call: Call) -> None:
         raise UnsupportedEncoding
 
 
+async def look_into(body: bytes, look: Callable[[bytes], T]) -> T:
+    """`look(body)`; of a large body in a thread, for it may be seconds' work, and every stream goes through this loop.
+
+    Args:
+        body: whole.
+        look: reads it, and touches nothing else.
+
+    Raises:
+        Exception: what `look` raises.
+    """
+    if len(body) <= _INLINE_BYTES:
+        return look(body)
+    try:
+        limiter = _threads.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(1)
+        _threads.set(limiter)
+    return await trio.to_thread.run_sync(look, body, limiter=limiter)
+
+
 async def read_json(call: Call, type: type[T], max_bytes: int) -> T:
     """The body of a publisher's or an operator's request. Raises as `Exchange.read_body` and `parsing.decode`."""
     refuse_encoded(call)
     body = await call.exchange.read_body(max_bytes)
     try:
-        return decode(body, type)
+        return await look_into(body, lambda body: decode(body, type))
     finally:
         call.exchange.release_body()

@@ -12,7 +12,7 @@ from ..errors import InvalidRequest
 from ..models import LLM, InferRequest
 from ..task import Infer
 from .answers import Answer, StreamBody, json_answer
-from .calls import Call, begin, refuse_encoded
+from .calls import Call, begin, look_into, refuse_encoded
 from .relay import pass_on, start_waiting
 from .sniff import sniff
 
@@ -47,7 +47,7 @@ def add_client_routes(app: Quart, broker: Broker) -> None:
         body = await call.exchange.read_body(config.max_body_bytes)
         headers = call.request.headers
         content_type = _short(headers.get("content-type"), "Content-Type") or "application/json"
-        asked = sniff(body, content_type)
+        asked = await look_into(body, lambda body: sniff(body, content_type))
         path = call.request.path
         infer = broker.infer_nowait(
             asked.model,

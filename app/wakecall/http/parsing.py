@@ -17,6 +17,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -33,14 +34,36 @@ MAX_DEPTH: Final = 64
 #: More members and elements than any request to publishers' or operators' paths can have within the protocol's bounds.
 _MAX_MEMBERS: Final = 100_000
 
-_PIECE: Final = 1 << 20
+#: Bytes that one call into C looks at. It holds the interpreter for so long, and a large body is looked at in a thread.
+_PIECE: Final = 1 << 18
 
 #: Digits become `0` and `E` becomes `e`, so that plain searches find what might be a number out of bounds.
 _FOLDED: Final = bytes.maketrans(b"0123456789E", b"0000000000e")
 _LONG_RUN: Final = b"0" * 19
-_NUMBER: Final = re.compile(rb"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-#: Digits that may be beyond 64 bits; an exponent that may be beyond a float's, with at most 18 digits before it.
-_SUSPECT: Final = re.compile(rb"-?[0-9.]*(?:[0-9]{19}|[eE]\+?0*(?:[1-9][0-9]{3}|29|[3-9][0-9]{2}))")
+
+
+def _greater_than(bound: int) -> str:
+    """A pattern of the integers, written without leading zeros, that are greater than `bound`."""
+    digits = str(bound)
+    rest = len(digits) - 1
+    as_long = (f"{digits[:at]}[{int(d) + 1}-9][0-9]{{{rest - at}}}" for at, d in enumerate(digits) if d < "9")
+    return f"(?=[0-9]{{{rest + 1}}})(?:[1-9][0-9]{{{rest + 1},}}+|{'|'.join(as_long)})"
+
+
+# A number of JSON's, with a comma before it: a search for a plain byte is what makes these quick.
+#: Exactly the integers beyond 64 bits.
+_LARGE_INTEGER: Final = re.compile(
+    rf",(?:{_greater_than(2**64 - 1)}|-{_greater_than(2**63)})(?![0-9.eE])".encode(),
+)
+#: Numbers that may be beyond a float, 1.8e308: many digits before the point, or fewer and an exponent that is large enough.
+_LARGE_FLOAT: Final = re.compile(
+    (
+        r",(-?(?:[0-9]{19,}+(?:\.[0-9]++(?:[eE][+-]?[0-9]++)?|[eE][+-]?[0-9]++)"
+        rf"|[0-9]{{1,4}}(?:\.[0-9]++)?[eE]\+?0*+{_greater_than(304)}(?![0-9])"
+        rf"|[0-9]{{5,18}}(?:\.[0-9]++)?[eE]\+?0*+{_greater_than(290)}(?![0-9])))"
+    ).encode()
+)
+_INFINITY: Final = float("inf")
 
 #: An opening bracket is one level down, a closing one is one up: a signed byte each.
 _STEPS: Final = bytes.maketrans(b"{[}]", b"\x01\x01\xff\xff")
@@ -135,49 +158,69 @@ def _check_utf8(body: bytes) -> None:
 
 
 def _may_hold_odd_numbers(text: bytes) -> bool:
-    folded = text.translate(_FOLDED)
-    return _LONG_RUN in folded or b"0e000" in folded or b"0e+000" in folded
+    for start in range(0, len(text), _PIECE):
+        folded = text[start : start + _PIECE + len(_LONG_RUN)].translate(_FOLDED)
+        if _LONG_RUN in folded or b"0e000" in folded or b"0e+000" in folded:
+            return True
+    return False
 
 
-def _outside_strings(body: bytes, renamed: bytes, dropped: bytes) -> bytes:
-    """What of well-formed JSON stands outside its strings.
+def _pieces_of(body: bytes) -> Iterator[bytes]:
+    """`body` in pieces, none of which ends between a backslash and what it escapes."""
+    start = 0
+    while start < len(body):
+        piece = body[start : start + _PIECE]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
+            piece = body[start : start + _PIECE + 1]
+        start += len(piece)
+        yield piece
+
+
+def _outside_strings(body: bytes, renamed: bytes, dropped: bytes) -> Iterator[bytes]:
+    """What of well-formed JSON stands outside its strings, piece by piece.
 
     Args:
         body: the JSON.
         renamed: a translation table for what is kept.
         dropped: bytes of no interest, anywhere; a quote is not among them.
     """
-    if b"\\" in body:
-        # Pairs go from the left, as a parser takes them; then every backslash left before a quote escapes that quote.
-        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    # Two quotes with nothing of interest between them go: whatever is behind them stays within, or without, a string.
-    body = body.translate(renamed, dropped).replace(b'""', b"")
-    kept = []
     within = 0
-    for start in range(0, len(body), _PIECE):
-        between_quotes = body[start : start + _PIECE].split(b'"')
-        kept += between_quotes[within::2]
+    for piece in _pieces_of(body):
+        if b"\\" in piece:
+            # Pairs go from the left, as a parser takes them; then every backslash left before a quote escapes that quote.
+            piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
+        # Two quotes with nothing of interest between them go: whatever is behind them stays within, or without, a string.
+        between_quotes = piece.translate(renamed, dropped).replace(b'""', b"").split(b'"')
+        yield b"".join(between_quotes[within::2])
         within = (within + len(between_quotes) - 1) % 2
-    return b"".join(kept)
 
 
 def _check_depth(body: bytes) -> None:
-    steps = _outside_strings(body, _STEPS, _NOT_BRACKETS)
-    if max(accumulate(memoryview(steps).cast("b")), default=0) > MAX_DEPTH:
-        raise InvalidJson(f"The body is nested more than {MAX_DEPTH} levels deep.")
+    level = 0
+    for piece in _outside_strings(body, _STEPS, _NOT_BRACKETS):
+        steps = memoryview(piece).cast("b")
+        if level + max(accumulate(steps), default=0) > MAX_DEPTH:
+            raise InvalidJson(f"The body is nested more than {MAX_DEPTH} levels deep.")
+        level += sum(steps)
 
 
 def _check_numbers(body: bytes) -> None:
-    numbers = _outside_strings(body, _SEPARATED, _NOT_NUMBERS)
-    # Only the few that look out of bounds are looked at one by one.
-    for suspect in _SUSPECT.finditer(numbers):
-        number = _NUMBER.match(numbers, suspect.start())
-        assert number is not None, "a number in well-formed JSON starts with a digit or a minus"
-        if number[1] is None and number[2] is None:
-            if len(number[0]) > 20 or not -(2**63) <= int(number[0]) < 2**64:
-                _refuse_number("An integer is beyond 64 bits")
-        elif abs(float(number[0])) == float("inf"):
-            _refuse_number("A number is beyond every float")
+    unfinished: list[bytes] = []  # of a number that may go on in the next piece
+    for piece in _outside_strings(body, _SEPARATED, _NOT_NUMBERS):
+        end = piece.rfind(b",") + 1
+        if end:
+            _check_whole_numbers(b"".join([b",", *unfinished, piece[:end]]))
+            unfinished.clear()
+        unfinished.append(piece[end:])
+    _check_whole_numbers(b"".join([b",", *unfinished]))
+
+
+def _check_whole_numbers(numbers: bytes) -> None:
+    # No number is an object of Python's unless it is large, and then but for a moment: a body may hold millions.
+    if _LARGE_INTEGER.search(numbers):
+        _refuse_number("An integer is beyond 64 bits")
+    if _INFINITY in map(abs, map(float, _LARGE_FLOAT.findall(numbers))):
+        _refuse_number("A number is beyond every float")
 
 
 def _refuse_number(message: str) -> NoReturn:
