@@ -1,4 +1,4 @@
-"""Pauses between attempts to reach the broker."""
+"""Pauses between attempts to reach the broker, whatever for."""
 
 from __future__ import annotations
 

@@ -36,15 +36,19 @@ class _ModelList(msgspec.Struct):
     data: list[_Model]
 
 
-def open_client(url: str, *, headers: dict[str, str], timeout: httpx2.Timeout, keep: int) -> httpx2.AsyncClient:
+def open_client(url: str, *, key: str | None, timeout: httpx2.Timeout, keep: int) -> httpx2.AsyncClient:
     """An HTTP/1.1 client without a bound on its connections: each infer holds one for as long as it runs.
 
     Args:
         url: what it will talk to.
-        headers: sent with every request.
+        key: sent with every request as `Authorization: Bearer`; None: without.
         timeout: for what a request does not say itself.
         keep: idle connections kept for the next request.
     """
+    # Not compressed: what is forwarded is the bytes themselves.
+    headers = {"accept-encoding": "identity"}
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
     return httpx2.AsyncClient(
         http1=True,
         http2=False,
@@ -197,15 +201,12 @@ async def open_engine(config: PublisherConfig) -> AsyncIterator[Engine]:
     Raises:
         InvalidConfig: the variable of its key is not set.
     """
-    headers = {"accept-encoding": "identity"}
     key = config.engine_key()
-    if key is not None:
-        headers["authorization"] = f"Bearer {key}"
     # No patience of our own with a slow model: the deadline of each infer bounds it.
     timeout = httpx2.Timeout(None, connect=config.connect_s)
     # A new connection for each request: one that was kept may be closed by the engine just then, and the infer on it
     # could be neither repeated nor blamed on the engine.
-    async with open_client(config.engine_url, headers=headers, timeout=timeout, keep=0) as client:
+    async with open_client(config.engine_url, key=key, timeout=timeout, keep=0) as client:
         yield Engine(config, client)
 
 

@@ -11,12 +11,13 @@ from functools import partial
 
 import trio
 
+from .backoff import Backoff
 from .engine import EngineFailed
 from .wire import BrokerClient, BrokerError, BrokerLost, BrokerRefused
 
 MAX_PIECE_BYTES = 1024 * 1024
-_ATTEMPTS = 8
-_FIRST_PAUSE_S = 0.1
+_ATTEMPTS = 10
+_FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 
 
@@ -126,7 +127,7 @@ async def send_in_pieces(
 
 async def _insist(post: Callable[[], Awaitable[None]], *, last: bool = False) -> None:
     """Post again what was lost on the way or came at a bad moment; what the broker has decided stands."""
-    pause_s = _FIRST_PAUSE_S
+    backoff = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
     for attempt in range(_ATTEMPTS):
         try:
             await post()
@@ -144,5 +145,4 @@ async def _insist(post: Callable[[], Awaitable[None]], *, last: bool = False) ->
                 raise
         else:
             return
-        await trio.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        await trio.sleep(backoff.next_pause())
