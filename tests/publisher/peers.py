@@ -84,7 +84,8 @@ class Exchange:
             await self._grown.wait()
 
     async def start(self, status: int, headers: dict[str, str] | None = None) -> None:
-        head = h11.Response(status_code=status, headers=list((headers or {}).items()))
+        lines = [(name, value.encode("latin-1")) for name, value in (headers or {}).items()]
+        head = h11.Response(status_code=status, headers=lines)
         await self.stream.send_all(self.connection.send(head) or b"")
 
     async def send(self, data: bytes) -> None:

@@ -389,3 +389,17 @@ async def test_a_slow_upload_holds_back_its_own_engine_and_nothing_else(stage: S
     await channel.infer("t2")
     await (await stage.engine.next()).respond(200, b"{}")
     assert (await publisher.wait(InferFinished)).task_id == "t2"
+
+
+async def test_an_odd_content_type_does_not_cost_the_answer(stage: Stage) -> None:
+    """A header that is not ASCII cannot be sent on; the body can."""
+    publisher, channel = await stage.publish()
+    await channel.infer("t1")
+    request = await stage.engine.next()
+    await request.start(200, {"content-type": "text/pl\xffain"})
+    await request.send(b"all the same")
+    await request.finish()
+    upload = await stage.broker.wait_whole("result", "t1")
+    assert bytes(upload.body) == b"all the same"
+    assert "content-type" not in upload.headers
+    assert (await publisher.wait(InferFinished)).outcome == "completed"

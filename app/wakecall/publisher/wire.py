@@ -278,7 +278,8 @@ class BrokerClient:
         offset: int | None,
     ) -> None:
         headers = {"wakecall-status": str(status)}
-        if content_type is not None:
+        if content_type is not None and content_type.isascii():
+            # An engine's header that is not ASCII means nothing to anybody, and its answer is worth more than it.
             headers["content-type"] = content_type
         if offset is not None:
             headers["wakecall-offset"] = str(offset)
