@@ -154,9 +154,10 @@ class WirePublisher:
 class Served:
     """An app, its broker, and what a test does to them."""
 
-    def __init__(self, server: Server, broker: Broker) -> None:
+    def __init__(self, server: Server, broker: Broker, app: Any) -> None:
         self.server = server
         self.broker = broker
+        self.app = app
 
     async def ask(self, method: str, target: str, *headers: str, body: bytes = b"", host: str = HOST) -> Answer:
         """One request on a connection of its own, and its whole answer."""
@@ -241,7 +242,7 @@ async def open_served(
         broker = await stack.enter_async_context(open_broker(store, config or BrokerConfig()))
         app = create_app(broker, loopback_only=loopback_only)
         server = await stack.enter_async_context(open_server(app, settings))
-        yield Served(server, broker)
+        yield Served(server, broker, app)
         check_counters(broker)
     now = broker.statistics()
     check_counters(broker)

@@ -14,10 +14,8 @@ from tests.http.wire import open_server, send_until_stuck
 from wakecall.broker import open_broker
 from wakecall.config import BrokerConfig
 from wakecall.http import create_app
-from wakecall.http.answers import stream_answer
-from wakecall.http.guard import Exchange
 from wakecall.http.metrics import Metrics
-from wakecall.http.relay import EventsBody
+from wakecall.http.relay import EventsBody, pass_on
 from wakecall.models import InferSettled, LLMSpec, Statistics, Status
 
 STREAM = {"model": "qwen", "stream": True}
@@ -199,24 +197,101 @@ class NoAnswer:
 async def test_comments_come_at_the_tenth_second_and_every_ten_from_then(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """The body begins at the tenth second: its first comment is due then, not ten seconds later."""
+    """The head goes out with the first of them; and Quart must not cut it after a while of its own, calling it complete."""
     infer: Any = NoAnswer()
     exchange: Any = None
-    body = EventsBody(infer, None, exchange, "/v1/chat/completions", BrokerConfig())
     start = trio.current_time()
-    for expected in (0, 10, 20, 30):
+    answer = await pass_on(infer, exchange, "/v1/chat/completions", BrokerConfig(), wants_stream=True)
+    body = answer.response
+    assert isinstance(body, EventsBody)
+    for expected in (10, 20, 30):
         assert await anext(body) == b": waiting\n\n"
         assert trio.current_time() - start == pytest.approx(expected)
     await body.aclose()
     assert infer.cancelled
+    assert answer.timeout is None
 
 
-def test_a_streamed_answer_has_no_timeout() -> None:
-    """Quart would cut it after its own, and call it complete."""
-    infer: Any = NoAnswer()
-    exchange: Any = Exchange
-    body = EventsBody(infer, None, exchange, "/v1/messages", BrokerConfig())
-    assert stream_answer(body, "text/event-stream").timeout is None
+class Scripted:
+    """An answer that comes as a script says: what, and after how many seconds."""
+
+    def __init__(self, status: int, content_type: str, *script: tuple[float, bytes]) -> None:
+        self.status, self.headers = status, {"content-type": content_type}
+        self.cancelled = False
+        self._script = list(script)
+
+    async def wait_head(self) -> Any:
+        return self
+
+    async def receive(self) -> bytes:
+        if not self._script:
+            return b""
+        seconds, data = self._script[0]
+        due = trio.current_time() + seconds
+        try:
+            await trio.sleep(seconds)
+        finally:
+            self._script[0] = (max(0.0, due - trio.current_time()), data)
+        del self._script[0]
+        return data
+
+    def note_progress(self) -> None:
+        raise AssertionError("nothing is written here")
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class NoExchange:
+    was_cut = False
+
+    def on_progress(self, _: Any) -> None:
+        """There is no socket."""
+
+    def cut(self) -> None:
+        self.was_cut = True
+
+
+@pytest.mark.parametrize(
+    ("status", "comments_at", "code", "message"),
+    [
+        (500, [10, 20], "upstream_500", "boom"),
+        (200, [10], "publisher_error", "The engine's answer is not the stream that was asked for."),
+    ],
+)
+async def test_comments_come_while_an_answer_is_held_too(
+    autojump_clock: trio.testing.MockClock, status: int, comments_at: list[int], code: str, message: str
+) -> None:
+    """An answer of JSON that takes its time: whoever asked for a stream hears from the tenth second on that he waits."""
+    infer: Any = Scripted(status, "application/json", (6, b'{"error": '), (6, b'{"message": '), (13, b'"boom"}}'))
+    exchange: Any = NoExchange()
+    answer = await pass_on(infer, exchange, "/v1/chat/completions", BrokerConfig(), wants_stream=True)
+    assert (answer.status_code, answer.content_type) == (200, "text/event-stream")
+    body = answer.response
+    assert isinstance(body, EventsBody)
+    for expected in comments_at:
+        assert await anext(body) == b": waiting\n\n"
+        assert trio.current_time() == pytest.approx(expected)
+    name, data = (await anext(body)).split(b"\n", 1)
+    assert name == b"event: error"
+    error = json.loads(data.removeprefix(b"data: "))["error"]
+    assert (error["code"], error["message"]) == (code, message)
+    assert infer.cancelled
+    with pytest.raises(StopAsyncIteration):
+        await anext(body)
+    assert exchange.was_cut
+
+
+@pytest.mark.parametrize(("wants_stream", "status"), [(True, 200), (True, 500), (False, 200), (False, 500)])
+async def test_an_answer_that_is_whole_in_time_is_passed_on_as_it_is(
+    autojump_clock: trio.testing.MockClock, wants_stream: bool, status: int
+) -> None:
+    """Before the tenth second; a plain caller hears nothing until there is an answer, however long that takes."""
+    infer: Any = Scripted(status, "application/json", (6, b"{"), (3 if wants_stream else 3000, b"}"))
+    exchange: Any = NoExchange()
+    answer = await pass_on(infer, exchange, "/v1/chat/completions", BrokerConfig(), wants_stream=wants_stream)
+    assert (answer.status_code, answer.content_type) == (status, "application/json")
+    assert await answer.get_data() == b"{}"
 
 
 def test_a_code_that_is_not_ours_is_counted_as_other() -> None:

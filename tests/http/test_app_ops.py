@@ -221,7 +221,7 @@ async def test_an_embedders_own_routes_and_hooks_work() -> None:
             return "mine"
 
         async with open_server(app) as server:
-            served = Served(server, broker)
+            served = Served(server, broker, app)
             assert (await served.ask("GET", "/own")).body == b"mine"
 
         @app.after_request
@@ -230,7 +230,7 @@ async def test_an_embedders_own_routes_and_hooks_work() -> None:
             return response
 
         async with open_server(app) as server:
-            served = Served(server, broker)
+            served = Served(server, broker, app)
             for target, status in (("/own", 200), ("/nowhere", 404), ("/v1/models/x", 404)):
                 answer = await served.ask("GET", target)
                 assert (answer.status, answer.headers["x-own"]) == (status, "yes")

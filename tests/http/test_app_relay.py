@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-import trio
 
 from tests.http.served import JSON, SSE, Served, open_served, wait_until
 from tests.http.wire import send_until_stuck
@@ -210,17 +209,6 @@ async def test_an_anthropic_caller_hears_pings() -> None:
             text, cut = await client.rest()
             assert cut
             assert last_event(text)["error"]["message"] == "broken"
-
-
-async def test_a_plain_caller_hears_nothing_until_there_is_an_answer() -> None:
-    async with open_served(SOON) as served, served.publishing() as publisher, served.calling(CALL) as client:
-        frame = await publisher.next("infer")
-        with trio.move_on_after(0.15):
-            await client.read_head()
-        assert client.status == 0
-        await publisher.answer(frame, b"{}")
-        await client.read_head()
-        assert await client.rest() == (b"{}", False)
 
 
 @pytest.mark.parametrize(

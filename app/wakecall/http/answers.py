@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from quart.wrappers.response import ResponseBody
@@ -13,9 +13,22 @@ from quart_trio.wrappers import TrioResponse
 from ..errors import WakecallError
 from .errors import error_document, retry_headers
 
-__all__ = ["Answer", "StreamBody", "error_answer", "json_answer", "no_content", "stream_answer"]
+__all__ = [
+    "PIECE_BYTES",
+    "Answer",
+    "BytesBody",
+    "StreamBody",
+    "bytes_answer",
+    "error_answer",
+    "json_answer",
+    "no_content",
+    "stream_answer",
+]
 
 _JSON = "application/json"
+
+#: What is written at a time of a body that is there already. On its way to a socket a piece is copied more than once.
+PIECE_BYTES: Final = 64 * 1024
 
 
 class Answer(TrioResponse):
@@ -47,6 +60,34 @@ class StreamBody(ResponseBody):
     @abstractmethod
     async def aclose(self) -> None:
         """Let go. Idempotent; must not block."""
+
+
+class BytesBody(StreamBody):
+    """A body that is there already, in pieces: for a peer that reads nothing a piece is copied, and not the whole."""
+
+    def __init__(self, data: bytes) -> None:
+        self._left = memoryview(data)
+
+    async def __anext__(self) -> bytes:
+        piece, self._left = self._left[:PIECE_BYTES], self._left[PIECE_BYTES:]
+        if not piece:
+            raise StopAsyncIteration
+        return bytes(piece)
+
+    async def aclose(self) -> None:
+        self._left = memoryview(b"")
+
+
+def bytes_answer(
+    data: bytes, status: int = 200, headers: Mapping[str, str] | None = None, *, content_type: str
+) -> Answer:
+    """`data`, whole and with its length."""
+    if len(data) <= PIECE_BYTES:
+        return Answer(data, status, _plain(headers), content_type=content_type)
+    answer = Answer(BytesBody(data), status, _plain(headers), content_type=content_type)
+    answer.headers["Content-Length"] = str(len(data))
+    answer.timeout = None
+    return answer
 
 
 def json_answer(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:

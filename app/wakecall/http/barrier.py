@@ -18,7 +18,6 @@ from __future__ import annotations
 import enum
 import logging
 import ssl
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
@@ -33,6 +32,7 @@ from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
 from ..errors import RequestTimeout, Unavailable
+from .faults import place_of
 from .protocol import AppTasks, Http11
 from .refusal import error_body, error_headers, pick_request_id
 from .transport import PeerStream
@@ -151,7 +151,7 @@ class Connection(TCPServer):
         try:
             await self._run()
         except* Exception as group:
-            logger.error("a connection was ended by an error of ours: %s", _whereabouts(group))
+            logger.error("a connection was ended by an error of ours: %s", place_of(group))
 
     # What the app and the server do to it. None of these blocks. ---------------------------------------------------
 
@@ -349,12 +349,3 @@ class Connection(TCPServer):
             with trio.move_on_after(self._settings.close_drain_s):
                 await self.stream.aclose()
         self._peer.socket.close()
-
-
-def _whereabouts(error: BaseException) -> str:
-    """Where an error came from, in one line and without its message, which may quote the peer."""
-    if isinstance(error, BaseExceptionGroup):
-        return "; ".join(_whereabouts(each) for each in error.exceptions)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-    return f"{type(error).__name__}{where}"

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import trio
 from quart import Quart
 
 from ..broker import Broker
 from ..errors import InvalidRequest
 from ..models import LLM, InferRequest
-from ..task import Infer
 from .answers import Answer, StreamBody, json_answer
-from .calls import Call, begin, look_into, refuse_encoded
-from .relay import pass_on, start_waiting
+from .calls import begin, look_into, refuse_encoded
+from .relay import pass_on
 from .sniff import sniff
 
 __all__ = ["RELAYED", "add_client_routes"]
@@ -64,21 +62,11 @@ def add_client_routes(app: Quart, broker: Broker) -> None:
         call.exchange.on_disconnect(infer.cancel)
         answer = None
         try:
-            answer = await _answer(infer, call, path, asked.stream)
+            answer = await pass_on(infer, call.exchange, path, config, wants_stream=asked.stream)
         finally:
             if answer is None or not isinstance(answer.response, StreamBody):
                 infer.cancel()
         return answer
-
-    async def _answer(infer: Infer, call: Call, path: str, wants_stream: bool) -> Answer:
-        if wants_stream:
-            with trio.move_on_after(config.waiting_s) as patience:
-                reply = await infer.wait_head()
-            if patience.cancelled_caught:
-                return start_waiting(infer, call.exchange, path, config)
-        else:
-            reply = await infer.wait_head()
-        return await pass_on(infer, reply, call.exchange, path, config)
 
     async def list_models() -> Answer:
         begin("client")

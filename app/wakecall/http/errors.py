@@ -102,17 +102,17 @@ def error_event(inner: dict[str, Any], path: str, sequence_number: int) -> bytes
     return b"event: error\ndata: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def engine_retry_headers(status: int, retry_after: str | None) -> dict[str, str]:
+def engine_retry_headers(status: int) -> dict[str, str]:
     """What goes out beside an engine's own error.
 
-    408, 409 and 5xx may have generated: nobody is to try again by himself. 429 and 503 say that it did not begin.
+    408, 409 and 5xx may have generated: nobody is to try again by himself. 429 and 503 say that it did not begin; the
+    engine's own `Retry-After` does not cross the wire.
 
     Args:
         status: the engine's.
-        retry_after: the engine's own, if it gave one.
     """
     if status in (429, 503):
-        return {"Retry-After": retry_after or "1"}
+        return {"Retry-After": "1"}
     if status in (408, 409) or 500 <= status <= 599:
         return {"x-should-retry": "false"}
     return {}

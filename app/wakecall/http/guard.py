@@ -18,9 +18,8 @@ does; otherwise no body ever arrives.
 from __future__ import annotations
 
 import logging
-import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Protocol
@@ -29,6 +28,7 @@ import trio
 
 from ..errors import InternalError, RequestTimeout, RequestTooLarge
 from .budget import BodyBudget
+from .faults import leaves_of, stacks_of
 from .refusal import error_body, error_headers, marks_of, pick_request_id
 
 __all__ = ["BodyBudget", "BodyStream", "ClientGone", "Exchange", "Guard", "GuardSettings", "current_exchange_of"]
@@ -183,20 +183,21 @@ class Exchange:
         if self._declared_bytes is not None and self._declared_bytes > max_bytes:
             raise RequestTooLarge(f"The body is larger than {max_bytes} bytes.")
         self._reading = True
-        pieces: list[bytes] = []
+        # One array, for a list of tiny pieces would weigh many times what is in them.
+        body = bytearray()
         try:
             while (piece := await self._next_piece(self._settings.body_stall_s)) is not None:
                 if self._held_bytes + len(piece) > max_bytes:
                     raise RequestTooLarge(f"The body is larger than {max_bytes} bytes.")
                 self._budget.take(len(piece))
                 self._held_bytes += len(piece)
-                pieces.append(piece)
+                body += piece
         except Exception:
             self.release_body()
             raise
         finally:
             self._reading = False
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return bytes(body)
 
     def release_body(self) -> None:
         """Give back what `read_body` took from the budget: nobody holds the body any more."""
@@ -295,9 +296,9 @@ class Exchange:
 
     async def _fail(self, group: ExceptionGroup[Exception]) -> None:
         """An exception came out of the app: 500 if that can still be said, else the cut."""
-        if self._gone and all(isinstance(leaf, ClientGone) for leaf in _leaves(group)):
+        if self._gone and all(isinstance(leaf, ClientGone) for leaf in leaves_of(group)):
             return
-        logger.error("request %s failed: %s", self.request_id, _describe(group))
+        logger.error("request %s failed: %s", self.request_id, stacks_of(group))
         if self._gone or self._finished:
             return
         if self._started:
@@ -334,7 +335,7 @@ class Exchange:
             try:
                 callback()
             except Exception as error:
-                logger.error("request %s: on_disconnect failed: %s", self.request_id, _describe(error))
+                logger.error("request %s: on_disconnect failed: %s", self.request_id, stacks_of(error))
         self._wake_handler()
 
     # The body ------------------------------------------------------------------------------------------------------
@@ -438,18 +439,3 @@ def _framing_of(headers: Any) -> tuple[int | None, bool]:
         elif name == b"expect" and value.strip().lower() == b"100-continue":
             expects = True
     return declared, expects and declared != 0
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for each in error.exceptions:
-            yield from _leaves(each)
-    else:
-        yield error
-
-
-def _describe(error: BaseException) -> str:
-    """Types and stacks, without the messages: those may quote a request."""
-    return "".join(
-        f"{type(leaf).__name__}\n{''.join(traceback.format_tb(leaf.__traceback__))}" for leaf in _leaves(error)
-    ).rstrip()

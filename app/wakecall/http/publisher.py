@@ -11,10 +11,10 @@ from quart import Quart
 
 from ..broker import Broker
 from ..config import BrokerConfig
-from ..errors import InvalidRequest, MethodNotAllowed, TaskCancelled, TooMany
+from ..errors import InvalidRequest, MethodNotAllowed, TaskCancelled, TooMany, WakecallError
 from ..models import LLMSpec, Status, is_id
 from ..upload import Upload
-from .answers import Answer, json_answer, no_content, stream_answer
+from .answers import PIECE_BYTES, Answer, StreamBody, json_answer, no_content, stream_answer
 from .calls import Call, begin, one_header, read_json, refuse_encoded
 from .sse import FramesBody
 
@@ -115,7 +115,9 @@ def add_publisher_routes(app: Quart, broker: Broker) -> None:
     async def get_body(task_id: str) -> Answer:
         call = begin("publisher")
         request = broker.task_request(task_id, owner=call.owner)
-        return Answer(request.body, content_type=request.content_type)
+        answer = stream_answer(_TaskBody(broker, call, task_id, len(request.body)), request.content_type)
+        answer.headers["Content-Length"] = str(len(request.body))
+        return answer
 
     async def post_result(task_id: str) -> Answer:
         call = begin("publisher")
@@ -147,6 +149,33 @@ def add_publisher_routes(app: Quart, broker: Broker) -> None:
     app.add_url_rule(f"{_TASK}/result", "task_result", post_result, methods=["POST"])
     app.add_url_rule(f"{_TASK}/chunks", "task_chunks", post_chunk, methods=["POST"])
     app.add_url_rule(f"{_TASK}/failure", "task_failure", post_failure, methods=["POST"])
+
+
+class _TaskBody(StreamBody):
+    """A client's body, piece by piece. Its infer alone holds it: once that is over, nothing is kept, and the rest is cut."""
+
+    def __init__(self, broker: Broker, call: Call, task_id: str, length: int) -> None:
+        self._broker = broker
+        self._call = call
+        self._task_id = task_id
+        self._length = length
+        self._sent = 0
+
+    async def __anext__(self) -> bytes:
+        try:
+            body = self._broker.task_request(self._task_id, owner=self._call.owner).body
+        except WakecallError:
+            if self._sent < self._length:
+                self._call.exchange.cut()
+            raise StopAsyncIteration from None
+        piece = body[self._sent : self._sent + PIECE_BYTES]
+        if not piece:
+            raise StopAsyncIteration
+        self._sent += len(piece)
+        return piece
+
+    async def aclose(self) -> None:
+        """There is nothing to let go of."""
 
 
 def _spec(llm: _LLM, where: str, config: BrokerConfig) -> LLMSpec:

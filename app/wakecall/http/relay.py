@@ -4,13 +4,14 @@ Which of the two is a question of its type (`Passage`). A held answer can still 
 the head is out, so a failure can only be told inside: in a stream of events as one event at a boundary, and then, as in any
 other body, by an end that is missing. `exchange.cut` makes it so: an end that looked clean would be taken for success.
 
-A client that asked for a stream and hears nothing for `waiting_s` gets its head then (`EventsBody` without a reply), and
+A client that asked for a stream and hears nothing for `waiting_s` gets its head then (`EventsBody`, waiting), and
 from there on whatever would have been an answer of another kind is told by such an event.
 """
 
 from __future__ import annotations
 
 import re
+from math import inf
 from typing import Any, Final, Literal
 
 import msgspec
@@ -19,12 +20,12 @@ import trio
 from ..config import BrokerConfig
 from ..errors import PublisherError, WakecallError
 from ..task import Infer, Reply
-from .answers import Answer, StreamBody, stream_answer
+from .answers import Answer, StreamBody, bytes_answer, stream_answer
 from .errors import describe, engine_retry_headers, error_event, type_of_status
 from .guard import Exchange
 from .sse import EventTail
 
-__all__ = ["EventsBody", "RawBody", "pass_on", "passage_of", "safe_content_type", "start_waiting"]
+__all__ = ["EventsBody", "RawBody", "pass_on", "passage_of", "safe_content_type"]
 
 Passage = Literal["held", "events", "raw"]
 
@@ -76,15 +77,33 @@ def _is_json(media_type: str) -> bool:
     return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
 
 
-async def pass_on(infer: Infer, reply: Reply, exchange: Exchange, path: str, config: BrokerConfig) -> Answer:
-    """The answer to a client whose head has not gone out.
+async def pass_on(infer: Infer, exchange: Exchange, path: str, config: BrokerConfig, *, wants_stream: bool) -> Answer:
+    """The answer to a client, as soon as there is something to be said.
+
+    Args:
+        infer: the client's. Whoever gets an answer with a `StreamBody` is rid of it; else it is still the caller's.
+        exchange: the client's.
+        path: the client's.
+        config: times and bounds.
+        wants_stream: whether he hears from `waiting_s` on that he is waited for.
 
     Raises:
-        WakecallError: the infer ended badly while its answer was held: a clean error can be given.
+        WakecallError: the infer ended badly before anything went out: a clean error can be given.
     """
+    reply = None
+    held = _Held(config.max_plain_bytes)
+    with trio.move_on_after(config.waiting_s if wants_stream else inf):
+        reply = await infer.wait_head()
+        return await _pass_on(infer, reply, held, exchange, path, config)
+    return stream_answer(EventsBody(infer, reply, exchange, path, config, waited_with=held), EVENTS)
+
+
+async def _pass_on(
+    infer: Infer, reply: Reply, held: _Held, exchange: Exchange, path: str, config: BrokerConfig
+) -> Answer:
     content_type = reply.headers.get("content-type")
     passage = passage_of(content_type)
-    headers = engine_retry_headers(reply.status, reply.headers.get("retry-after"))
+    headers = engine_retry_headers(reply.status)
     if reply.status in (204, 205, 304):
         # These have no body, whatever was uploaded; its end is still what counts.
         while await reply.receive():
@@ -96,30 +115,32 @@ async def pass_on(infer: Infer, reply: Reply, exchange: Exchange, path: str, con
     safe_type = safe_content_type(content_type)
     if passage == "events":
         return stream_answer(EventsBody(infer, reply, exchange, path, config), safe_type, reply.status, headers)
-    held = b""
-    if passage == "held":
-        held, whole = await _hold(reply, config.max_plain_bytes)
-        if whole:
-            return Answer(held, reply.status, headers, content_type=safe_type)
-    return stream_answer(RawBody(infer, reply, exchange, held), safe_type, reply.status, headers)
+    if passage == "held" and await held.fill(reply):
+        return bytes_answer(bytes(held.data), reply.status, headers, content_type=safe_type)
+    return stream_answer(RawBody(infer, reply, exchange, bytes(held.data)), safe_type, reply.status, headers)
 
 
-def start_waiting(infer: Infer, exchange: Exchange, path: str, config: BrokerConfig) -> Answer:
-    """The answer to a client that asked for a stream and has heard nothing for `waiting_s`: its head, and comments."""
-    return stream_answer(EventsBody(infer, None, exchange, path, config), EVENTS)
+class _Held:
+    """What has been taken of an answer and not been sent. In one array: of tiny pieces a list would weigh many times more.
 
+    Args:
+        limit: bytes; no more than one piece beyond them is held.
+    """
 
-async def _hold(reply: Reply, limit: int) -> tuple[bytes, bool]:
-    """An answer's bytes, and whether that is all of them: beyond `limit` no more are held."""
-    pieces: list[bytes] = []
-    size = 0
-    while size <= limit:
-        piece = await reply.receive()
-        if not piece:
-            return b"".join(pieces), True
-        pieces.append(piece)
-        size += len(piece)
-    return b"".join(pieces), False
+    __slots__ = ("_limit", "data")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.data = bytearray()
+
+    async def fill(self, reply: Reply) -> bool:
+        """Take the answer up to the limit; returns whether that is all of it. Cancelled, it has lost nothing."""
+        while len(self.data) <= self._limit:
+            piece = await reply.receive()
+            if not piece:
+                return True
+            self.data += piece
+        return False
 
 
 class RawBody(StreamBody):
@@ -169,22 +190,33 @@ class EventsBody(StreamBody):
         exchange: the client's.
         path: the client's: APIs differ in what a comment and an error look like.
         config: times and bounds.
+        waited_with: what has been taken of the reply, if this begins because the client has waited; None: it has not.
     """
 
-    def __init__(self, infer: Infer, reply: Reply | None, exchange: Exchange, path: str, config: BrokerConfig) -> None:
+    def __init__(
+        self,
+        infer: Infer,
+        reply: Reply | None,
+        exchange: Exchange,
+        path: str,
+        config: BrokerConfig,
+        *,
+        waited_with: _Held | None = None,
+    ) -> None:
         self._infer = infer
-        self._reply: Reply | None = None
+        self._reply = reply
         self._exchange = exchange
         self._path = path
         self._config = config
         self._tail = EventTail(config.max_event_tail_bytes)
         self._comment = _PING if path == "/v1/messages" else _WAITING
-        self._is_due = reply is None  # a comment, at once: it is what the head goes out for
+        self._waits_with = waited_with
+        self._is_due = waited_with is not None  # a comment, at once: it is what the head goes out for
         self._is_over = False
         self._numbered = path == "/v1/responses"
         self._last_number = -1
         if reply is not None:
-            self._begin(reply)
+            exchange.on_progress(reply.note_progress)
 
     async def __anext__(self) -> bytes:
         if self._is_over:
@@ -192,40 +224,38 @@ class EventsBody(StreamBody):
             self._exchange.cut()
             raise StopAsyncIteration
         try:
-            reply = self._reply
-            if reply is None:
-                reply = await self._wait()
-                if reply is None:
+            if self._waits_with is not None:
+                if self._is_due:
+                    self._is_due = False
                     return self._comment
-                self._begin(reply)
-                if (failure := await self._judge(reply)) is not None:
+                with trio.move_on_after(self._config.waiting_s) as patience:
+                    failure = await self._wait_and_judge(self._waits_with)
+                if patience.cancelled_caught:
+                    return self._comment
+                self._waits_with = None
+                if failure is not None:
                     return self._end_with(failure)
-            return await self._forward(reply)
+            assert self._reply is not None
+            return await self._forward(self._reply)
         except WakecallError as error:
             return self._end_with(describe(error))
 
     async def aclose(self) -> None:
         self._infer.cancel()
 
-    def _begin(self, reply: Reply) -> None:
-        self._reply = reply
-        self._exchange.on_progress(reply.note_progress)
+    async def _wait_and_judge(self, held: _Held) -> dict[str, Any] | None:
+        """What is wrong with an answer that comes too late to have a head of its own; None: it is a stream, and good.
 
-    async def _wait(self) -> Reply | None:
-        """The reply; None when it is time for a comment."""
-        if self._is_due:
-            self._is_due = False
-            return None
-        with trio.move_on_after(self._config.waiting_s):
-            return await self._infer.wait_head()
-        return None
-
-    async def _judge(self, reply: Reply) -> dict[str, Any] | None:
-        """What is wrong with an answer that came too late to have a head of its own; None: it is a stream, and good."""
+        Cancelled, it has lost nothing.
+        """
+        if self._reply is None:
+            self._reply = await self._infer.wait_head()
+            self._exchange.on_progress(self._reply.note_progress)
+        reply = self._reply
         if not 200 <= reply.status <= 299:
-            text, _ = await _hold(reply, self._config.max_plain_bytes)
+            await held.fill(reply)
             return {
-                "message": _message_in(text) or f"The engine answered with status {reply.status}.",
+                "message": _message_in(bytes(held.data)) or f"The engine answered with status {reply.status}.",
                 "type": type_of_status(reply.status),
                 "param": None,
                 "code": f"upstream_{reply.status}",

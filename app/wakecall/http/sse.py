@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final
 
 import trio
 
-from ..frames import KEEPALIVE, encode
+from ..frames import KEEPALIVE, Frame, encode
 from ..session import Channel
 from .answers import StreamBody
 
 __all__ = ["EventTail", "FramesBody"]
 
 _LINE_ENDS: Final = b"\r\n"
+_WRITE_BYTES: Final = 128 * 1024
 
 
 class FramesBody(StreamBody):
-    """A channel's frames as they come, many in one write. It ends in one of three ways:
+    """A channel's frames as they come, many in one write, but not all of a burst. It ends in one of three ways:
 
     1. After `bye` the channel gives out nothing more: a clean end.
     2. The peer leaves: the guard has told the channel by then, and this is cancelled.
@@ -30,14 +32,21 @@ class FramesBody(StreamBody):
     def __init__(self, channel: Channel, keepalive_s: float) -> None:
         self._channel = channel
         self._keepalive_s = keepalive_s
+        self._taken: deque[Frame] = deque()
 
     async def __anext__(self) -> bytes:
-        with trio.move_on_after(self._keepalive_s):
-            frames = await self._channel.receive()
-            if not frames:
+        if not self._taken:
+            with trio.move_on_after(self._keepalive_s) as patience:
+                self._taken.extend(await self._channel.receive())
+            if patience.cancelled_caught:
+                return KEEPALIVE
+            if not self._taken:
                 raise StopAsyncIteration
-            return b"".join(map(encode, frames))
-        return KEEPALIVE
+        # What is taken shares its bodies with their infers; what is encoded is a copy, for as long as the write takes.
+        written = bytearray()
+        while self._taken and len(written) < _WRITE_BYTES:
+            written += encode(self._taken.popleft())
+        return bytes(written)
 
     async def aclose(self) -> None:
         self._channel.disconnect()
