@@ -8,6 +8,8 @@ is still open is closed, which frees whatever is stuck in a write.
 from __future__ import annotations
 
 import logging
+import socket
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import trio
@@ -27,7 +29,18 @@ _LAST_WRITES_S = 1.0
 
 
 class NotLoopback(ValueError):
-    """There are no keys yet, so whoever reaches the address may do everything: it has to be this machine alone."""
+    """There are no keys yet, so whoever reaches the address may do everything: it has to be this machine alone.
+
+    Args:
+        address: that is not.
+    """
+
+    def __init__(self, address: str) -> None:
+        super().__init__(
+            f"refusing to listen on {address}: there are no API keys yet, so anybody who reaches the address could"
+            " use, replace and delete every model. Listen on 127.0.0.1, and put a reverse proxy or an SSH tunnel that"
+            " knows its callers in front."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +66,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         if not is_loopback(self.host):
-            raise NotLoopback(
-                f"refusing to listen on {self.host}: there are no API keys yet, so anybody who reaches the address could"
-                " use, replace and delete every model. Listen on 127.0.0.1, and put a reverse proxy or an SSH tunnel that"
-                " knows its callers in front."
-            )
+            raise NotLoopback(self.host)
 
 
 @dataclass(slots=True)
@@ -104,11 +113,17 @@ async def serve(
 
     Raises:
         CannotBind: the address is taken, or is not this machine's.
+        NotLoopback: the host's name is a loopback one, but leads elsewhere.
     """
     config = config or ServeConfig()
     stop = stop or Stop()
     stall_s = broker.config.peer_stall_s
     listening = bind(config.host, config.port, peer_stall_s=stall_s)
+    for sock in listening:
+        # A name says what it should lead to; where it does is for this machine's resolver to say.
+        if not is_loopback(address := sock.getsockname()[0]):
+            _close(listening)
+            raise NotLoopback(f"{config.host} ({address})")
     settings = BarrierSettings(
         peer_stall_s=stall_s,
         keep_alive_s=config.keep_alive_s,
@@ -134,6 +149,11 @@ async def serve(
         shutdown_trigger=wait_drained,
         task_status=_Translated(task_status, urls),
     )
+
+
+def _close(sockets: Iterable[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,13 +87,15 @@ def command(host: str, port: int, db: str, log_level: str, log_format: str, **se
         # Not 78: a port that is taken now may be free in a moment.
         hint = "" if port == 0 else " Give it another --port, or --port 0 for a free one."
         raise click.ClickException(f"{error.strerror or error}.{hint}") from error
+    except NotLoopback as error:
+        raise ConfigurationError(str(error)) from error
     except StoreError as error:
         raise click.ClickException(str(error)) from error
 
 
 async def _run(where: ServeConfig, config: BrokerConfig, db: str) -> None:
     stop = Stop()
-    failure: CannotBind | None = None
+    failure: CannotBind | NotLoopback | None = None
 
     def on_signal(_: int) -> None:
         if stop.requested:
@@ -107,7 +109,7 @@ async def _run(where: ServeConfig, config: BrokerConfig, db: str) -> None:
         async with trio.open_nursery() as nursery:
             try:
                 urls = await nursery.start(partial(serve, broker, where, stop=stop))
-            except CannotBind as error:
+            except (CannotBind, NotLoopback) as error:
                 failure = error
             else:
                 click.echo(f"Wakecall listens on {' and '.join(urls)}")
