@@ -212,6 +212,21 @@ def test_more_members_than_any_valid_request_has_are_not_built() -> None:
         decode(b'{"items": [], "note": [' + b"1," * 200_000 + b"1]}", Outer)
 
 
+@pytest.mark.parametrize(
+    "value", [b'"\\ud800"', b'"\\uDBff"', b'"\\ud800 and more"', b'"\\ud800\\u0041"', b'"\\udc00"']
+)
+def test_a_lone_surrogate_is_not_called_an_early_end(value: bytes) -> None:
+    with pytest.raises(InvalidJson) as caught:
+        sniff(b'{"x":' + value + b"}", "application/json")
+    assert "ends too early" not in caught.value.message
+
+
+@pytest.mark.parametrize("body", [b'{"x":"\\ud8', b'{"x":"\\ud800', b'{"x":"\\ud83d\\ude', b'{"x"', b'{"x":"'])
+def test_an_early_end_is_called_one(body: bytes) -> None:
+    with pytest.raises(InvalidJson, match="ends too early"):
+        sniff(body, "application/json")
+
+
 def test_messages_never_quote_a_body() -> None:
     """They may be logged by whoever gets them."""
     for body in (

@@ -73,6 +73,15 @@ def test_json_that_does_not_name_one_model_is_refused(
     assert caught.value.param == param
 
 
+def test_a_body_has_at_most_so_many_members() -> None:
+    """Large or small."""
+    for pad in (b"", b"b" * (1 << 20)):
+        start = b'{"model": "a", "b": "' + pad + b'"'
+        assert sniff(start + b', "c": 1' * 9_998 + b"}", JSON).model == "a"
+        with pytest.raises(TooMany):
+            sniff(start + b', "c": 1' * 9_999 + b"}", JSON)
+
+
 def test_a_large_body_of_many_members_is_not_taken_apart() -> None:
     """Each member costs a hundred bytes: 32 MiB of them would be hundreds of mebibytes."""
     with pytest.raises(TooMany):

@@ -72,6 +72,7 @@ _SEPARATED: Final = bytes.maketrans(b"{}[]:", b",,,,,")
 _NOT_NUMBERS: Final = bytes(byte for byte in range(256) if byte not in b'0123456789+-.eE,{}[]:"')
 
 _AT: Final = re.compile(r"^(.*) - at `\$\.?(.*)`$", re.DOTALL)
+_HALF_A_PAIR: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}[^\\]")
 _MISSING: Final = re.compile(r"missing required field `(.*)`$")
 
 
@@ -105,7 +106,7 @@ def decode(body: bytes, type: type[T]) -> T:
     try:
         msgspec.json.decode(body, type=msgspec.Raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise json_error(error) from None
+        raise json_error(error, body) from None
     check_bounds(body)
     plain = json.loads(body, object_pairs_hook=_no_key_twice)
     try:
@@ -114,8 +115,8 @@ def decode(body: bytes, type: type[T]) -> T:
         raise json_error(error) from None
 
 
-def json_error(error: Exception) -> InvalidJson | InvalidRequest:
-    """What msgspec found wrong, in our terms. Never quotes the body: only member names, types and offsets."""
+def json_error(error: Exception, body: bytes = b"") -> InvalidJson | InvalidRequest:
+    """What msgspec found wrong with `body`, in our terms. Never quotes it: only member names, types and offsets."""
     if isinstance(error, msgspec.ValidationError):
         text = str(error)
         found = _AT.match(text)
@@ -129,12 +130,14 @@ def json_error(error: Exception) -> InvalidJson | InvalidRequest:
         return InvalidJson(f"The body is nested more than {MAX_DEPTH} levels deep.")
     if isinstance(error, UnicodeDecodeError):
         return InvalidJson("The body is not UTF-8.")
-    return InvalidJson(f"The body is not well-formed JSON: {_reason(str(error))}.")
+    return InvalidJson(f"The body is not well-formed JSON: {_reason(str(error), body)}.")
 
 
-def _reason(text: str) -> str:
+def _reason(text: str, body: bytes) -> str:
     if text.startswith("JSON is malformed: "):
         return text.removeprefix("JSON is malformed: ")
+    if _HALF_A_PAIR.search(body, max(0, len(body) - 16)):
+        return "half a surrogate pair stands alone"  # msgspec looks for its other half beyond the end
     return "it ends too early" if "truncated" in text else text
 
 

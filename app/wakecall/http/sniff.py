@@ -21,6 +21,7 @@ __all__ = ["Asked", "sniff"]
 
 _SMALL_BYTES: Final = 1 << 20
 _MAX_MEMBERS: Final = 10_000
+_TOO_MANY: Final = f"The body has more than {_MAX_MEMBERS} members."
 _MAX_PARTS: Final = 1_000
 _MAX_PART_HEAD_BYTES: Final = 8 * 1024
 _MAX_FIELD_BYTES: Final = 1024
@@ -83,7 +84,7 @@ def _count_keys() -> Callable[[type, Any], _Key]:
         nonlocal met
         met += 1
         if met > _MAX_MEMBERS:
-            raise TooMany(f"The body has more than {_MAX_MEMBERS} members.")
+            raise TooMany(_TOO_MANY)
         return _Key(text)
 
     return make
@@ -102,7 +103,9 @@ def _sniff_json(body: bytes) -> Asked:
             # Each member costs memory, and so many more fit in here.
             members = msgspec.json.decode(body, type=dict[_Key, msgspec.Raw], dec_hook=_count_keys())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise json_error(error) from None
+        raise json_error(error, body) from None
+    if len(members) > _MAX_MEMBERS:
+        raise TooMany(_TOO_MANY)
     check_bounds(body)
     found: dict[str, msgspec.Raw] = {}
     for key, value in members.items():
