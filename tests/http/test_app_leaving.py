@@ -236,13 +236,13 @@ class Scripted:
         return data
 
     def note_progress(self) -> None:
-        raise AssertionError("nothing is written here")
+        """Nothing is written here."""
 
     def cancel(self) -> None:
         self.cancelled = True
 
 
-class NoExchange:
+class WatchedExchange:
     was_cut = False
 
     def on_progress(self, _: Any) -> None:
@@ -264,7 +264,7 @@ async def test_comments_come_while_an_answer_is_held_too(
 ) -> None:
     """An answer of JSON that takes its time: whoever asked for a stream hears from the tenth second on that he waits."""
     infer: Any = Scripted(status, "application/json", (6, b'{"error": '), (6, b'{"message": '), (13, b'"boom"}}'))
-    exchange: Any = NoExchange()
+    exchange: Any = WatchedExchange()
     answer = await pass_on(infer, exchange, "/v1/chat/completions", BrokerConfig(), wants_stream=True)
     assert (answer.status_code, answer.content_type) == (200, "text/event-stream")
     body = answer.response
@@ -282,13 +282,49 @@ async def test_comments_come_while_an_answer_is_held_too(
     assert exchange.was_cut
 
 
+async def test_comments_come_as_long_as_nothing_else_has_gone_out(autojump_clock: trio.testing.MockClock) -> None:
+    """The head of a stream is out, and half an event is held back; once there was an event, its pauses are its own."""
+    infer: Any = Scripted(200, "text/event-stream", (3, b"data: par"), (30, b"tial\n\n"), (50, b"data: 2\n\n"))
+    exchange: Any = WatchedExchange()
+    answer = await pass_on(infer, exchange, "/v1/chat/completions", BrokerConfig(), wants_stream=True)
+    assert trio.current_time() == 0
+    body = answer.response
+    assert isinstance(body, EventsBody)
+    heard = [(await anext(body), trio.current_time()) for _ in range(5)]
+    wait = b": waiting\n\n"
+    assert heard == [(wait, 10), (wait, 20), (wait, 30), (b"data: partial\n\n", 33), (b"data: 2\n\n", 83)]
+    with pytest.raises(StopAsyncIteration):
+        await anext(body)
+    assert not exchange.was_cut
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(204, "publisher_error"), (205, "publisher_error"), (304, "upstream_304")]
+)
+async def test_once_it_waits_an_answer_without_a_body_is_an_error_event_too(
+    autojump_clock: trio.testing.MockClock, status: int, code: str
+) -> None:
+    """Whatever its type says: a clean end would be silently nothing."""
+    infer: Any = Scripted(status, "text/event-stream", (15, b""))
+    exchange: Any = WatchedExchange()
+    answer = await pass_on(infer, exchange, "/v1/chat/completions", BrokerConfig(), wants_stream=True)
+    body = answer.response
+    assert isinstance(body, EventsBody)
+    assert await anext(body) == b": waiting\n\n"
+    event = await anext(body)
+    assert json.loads(event.partition(b"data: ")[2])["error"]["code"] == code
+    with pytest.raises(StopAsyncIteration):
+        await anext(body)
+    assert exchange.was_cut
+
+
 @pytest.mark.parametrize(("wants_stream", "status"), [(True, 200), (True, 500), (False, 200), (False, 500)])
 async def test_an_answer_that_is_whole_in_time_is_passed_on_as_it_is(
     autojump_clock: trio.testing.MockClock, wants_stream: bool, status: int
 ) -> None:
     """Before the tenth second; a plain caller hears nothing until there is an answer, however long that takes."""
     infer: Any = Scripted(status, "application/json", (6, b"{"), (3 if wants_stream else 3000, b"}"))
-    exchange: Any = NoExchange()
+    exchange: Any = WatchedExchange()
     answer = await pass_on(infer, exchange, "/v1/chat/completions", BrokerConfig(), wants_stream=wants_stream)
     assert (answer.status_code, answer.content_type) == (status, "application/json")
     assert await answer.get_data() == b"{}"

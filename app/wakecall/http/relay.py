@@ -41,6 +41,7 @@ _PARAMETERS: Final = re.compile(r'(?:;[ \t]*[A-Za-z0-9_-]+=(?:[A-Za-z0-9_.:+/-]+
 _WAITING: Final = b": waiting\n\n"
 _PING: Final = b'event: ping\ndata: {"type": "ping"}\n\n'
 _SEQUENCE_NUMBER: Final = re.compile(rb'"sequence_number"\s*:\s*(\d{1,15})')
+_BODILESS: Final = frozenset({204, 205, 304})
 _MAX_MESSAGE_CHARS: Final = 1024
 
 
@@ -92,19 +93,21 @@ async def pass_on(infer: Infer, exchange: Exchange, path: str, config: BrokerCon
     """
     reply = None
     held = _Held(config.max_plain_bytes)
-    with trio.move_on_after(config.waiting_s if wants_stream else inf):
+    due = trio.current_time() + (config.waiting_s if wants_stream else inf)
+    with trio.CancelScope(deadline=due):
         reply = await infer.wait_head()
-        return await _pass_on(infer, reply, held, exchange, path, config)
-    return stream_answer(EventsBody(infer, reply, exchange, path, config, waited_with=held), EVENTS)
+        return await _pass_on(infer, reply, held, exchange, path, config, due)
+    body = EventsBody(infer, reply, exchange, path, config, comment_at=due, waited_with=held)
+    return stream_answer(body, EVENTS)
 
 
 async def _pass_on(
-    infer: Infer, reply: Reply, held: _Held, exchange: Exchange, path: str, config: BrokerConfig
+    infer: Infer, reply: Reply, held: _Held, exchange: Exchange, path: str, config: BrokerConfig, due: float
 ) -> Answer:
     content_type = reply.headers.get("content-type")
     passage = passage_of(content_type)
     headers = engine_retry_headers(reply.status)
-    if reply.status in (204, 205, 304):
+    if reply.status in _BODILESS:
         # These have no body, whatever was uploaded; its end is still what counts.
         while await reply.receive():
             pass
@@ -114,7 +117,8 @@ async def _pass_on(
         return answer
     safe_type = safe_content_type(content_type)
     if passage == "events":
-        return stream_answer(EventsBody(infer, reply, exchange, path, config), safe_type, reply.status, headers)
+        body = EventsBody(infer, reply, exchange, path, config, comment_at=due)
+        return stream_answer(body, safe_type, reply.status, headers)
     if passage == "held" and await held.fill(reply):
         return bytes_answer(bytes(held.data), reply.status, headers, content_type=safe_type)
     return stream_answer(RawBody(infer, reply, exchange, bytes(held.data)), safe_type, reply.status, headers)
@@ -190,6 +194,8 @@ class EventsBody(StreamBody):
         exchange: the client's.
         path: the client's: APIs differ in what a comment and an error look like.
         config: times and bounds.
+        comment_at: when the client, having heard nothing until then, hears that he is waited for (`trio.current_time()`);
+            infinite: never.
         waited_with: what has been taken of the reply, if this begins because the client has waited; None: it has not.
     """
 
@@ -201,6 +207,7 @@ class EventsBody(StreamBody):
         path: str,
         config: BrokerConfig,
         *,
+        comment_at: float = inf,
         waited_with: _Held | None = None,
     ) -> None:
         self._infer = infer
@@ -210,8 +217,8 @@ class EventsBody(StreamBody):
         self._config = config
         self._tail = EventTail(config.max_event_tail_bytes)
         self._comment = _PING if path == "/v1/messages" else _WAITING
+        self._comment_at = comment_at
         self._waits_with = waited_with
-        self._is_due = waited_with is not None  # a comment, at once: it is what the head goes out for
         self._is_over = False
         self._numbered = path == "/v1/responses"
         self._last_number = -1
@@ -224,24 +231,30 @@ class EventsBody(StreamBody):
             self._exchange.cut()
             raise StopAsyncIteration
         try:
-            if self._waits_with is not None:
-                if self._is_due:
-                    self._is_due = False
-                    return self._comment
-                with trio.move_on_after(self._config.waiting_s) as patience:
-                    failure = await self._wait_and_judge(self._waits_with)
-                if patience.cancelled_caught:
-                    return self._comment
-                self._waits_with = None
-                if failure is not None:
-                    return self._end_with(failure)
-            assert self._reply is not None
-            return await self._forward(self._reply)
+            if self._comment_at == inf:
+                return await self._next()
+            if trio.current_time() < self._comment_at:
+                with trio.CancelScope(deadline=self._comment_at):
+                    return await self._next()
+            self._comment_at = trio.current_time() + self._config.waiting_s
+            return self._comment
         except WakecallError as error:
             return self._end_with(describe(error))
 
     async def aclose(self) -> None:
         self._infer.cancel()
+
+    async def _next(self) -> bytes:
+        """What goes out next. Cancelled, it has lost nothing."""
+        if self._waits_with is not None:
+            failure = await self._wait_and_judge(self._waits_with)
+            self._waits_with = None
+            if failure is not None:
+                return self._end_with(failure)
+        assert self._reply is not None
+        ready = await self._forward(self._reply)
+        self._comment_at = inf  # he has heard something
+        return ready
 
     async def _wait_and_judge(self, held: _Held) -> dict[str, Any] | None:
         """What is wrong with an answer that comes too late to have a head of its own; None: it is a stream, and good.
@@ -260,7 +273,7 @@ class EventsBody(StreamBody):
                 "param": None,
                 "code": f"upstream_{reply.status}",
             }
-        if passage_of(reply.headers.get("content-type")) != "events":
+        if reply.status in _BODILESS or passage_of(reply.headers.get("content-type")) != "events":
             return describe(PublisherError("The engine's answer is not the stream that was asked for."))
         return None
 
