@@ -153,11 +153,22 @@ async def test_a_foreign_host_or_origin_is_403_on_every_path(served: Served, tar
         ("evil.example:8080", ()),
         ("127.0.0.1", ("origin: https://evil.example",)),
         ("localhost", ("origin: null",)),
+        ("localhost", ("origin: http://localhost", "origin: https://evil.example")),
+        ("", ()),
     ):
         answer = await served.ask("GET", target, *headers, host=host)
         assert (answer.status, answer.code) == (403, "forbidden")
     ours = await served.ask("GET", target, "origin: http://localhost:3000", host="localhost:8080")
     assert ours.status != 403
+
+
+@pytest.mark.parametrize("target", ["/healthz", "/readyz", "/metrics"])
+async def test_a_probe_without_a_host_is_answered(served: Served, target: str) -> None:
+    """HTTP/1.0 needs none, and whoever rebinds a name has a browser send it."""
+    for head, status in ((b"", 200), (b"host: evil.example\r\n", 403)):
+        async with served.server.connect() as wire:
+            await wire.send(b"GET %b HTTP/1.0\r\n%b\r\n" % (target.encode(), head))
+            assert (await wire.read_answer()).status == status
 
 
 async def test_a_foreign_origin_reaches_no_publisher(served: Served) -> None:

@@ -16,7 +16,7 @@ import trio.testing
 import trustme
 
 from tests.http.wire import Wire, http_app, open_server, request_bytes, send_until_stuck
-from wakecall.http.barrier import BarrierSettings
+from wakecall.http.barrier import BarrierSettings, _Waits
 from wakecall.http.protocol import Http11
 
 MIB = 1 << 20
@@ -169,6 +169,14 @@ MALFORMED = {
     "no-line": (b"GET\r\n\r\n", 400, "invalid_request", "HTTP/1.1"),
     "non-ascii-target": (b"GET /\xc3\xa9 HTTP/1.1\r\nhost: x\r\n\r\n", 400, "invalid_request", "HTTP/1.1"),
     "gzip-framing": (request_bytes("POST", "/", "transfer-encoding: gzip"), 501, "invalid_request", "chunked"),
+    "two-framings": (
+        request_bytes("POST", "/", "content-length: 5", "transfer-encoding: chunked")
+        + b"0\r\n\r\n"
+        + request_bytes("GET", "/2"),
+        400,
+        "invalid_request",
+        "not both",
+    ),
     "many-headers": (
         request_bytes("GET", "/", *(f"x-{n}: 1" for n in range(100))),
         431,
@@ -211,6 +219,44 @@ async def test_a_refusal_carries_the_callers_request_id_and_the_marks_of_its_pat
         assert refusal.json["type"] == "error"
         refusal = await server.ask("HEAD", "/", "upgrade: websocket")
         assert (refusal.status, refusal.body) == (400, b"")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 7\r\n\r\n",
+        b"POST /v1/messages?beta=1 HTTP/1.1\r\nhost: x\r\nbad name: 1\r\n\r\n",
+        b"POST /v1/messages HTTP/1.1\r\n\r\n",
+        b"POST /v1/messages HTTP/1.1\r\nhost: x\r\nhost: x\r\n\r\n",
+        b"POST /v1/messages HTTP/3.14\r\nhost: x\r\n\r\n",
+        b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n",
+    ],
+)
+async def test_a_refusal_of_what_no_parser_takes_has_the_shape_of_its_path(sent: bytes) -> None:
+    """As far as its first line says where it goes; also on a connection that has served another request."""
+    async with open_server(hello) as server:
+        for before in (b"", request_bytes("GET", "/other")):
+            async with server.connect() as wire:
+                if before:
+                    await wire.send(before)
+                    assert (await wire.read_answer()).status == 200
+                await wire.send(sent[:10])
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                await wire.send(sent[10:])
+                refusal = await wire.read_answer()
+                assert refusal.json["type"] == "error"
+                assert refusal.headers["content-security-policy"] == "sandbox"
+
+
+@pytest.mark.parametrize("sent", [b"\x16\x03\x01\r\n\r\n", b"GET\r\n\r\n"])
+async def test_what_names_no_path_is_answered_with_every_mark(sent: bytes) -> None:
+    async with open_server(hello) as server, server.connect() as wire:
+        await wire.send(sent)
+        refusal = await wire.read_answer()
+        assert (refusal.headers["content-security-policy"], refusal.headers["x-content-type-options"]) == (
+            "sandbox",
+            "nosniff",
+        )
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz?x", "/metrics"])
@@ -256,6 +302,25 @@ async def test_one_connection_serves_many_requests_pipelined_or_not() -> None:
         await wire.send(b"".join(request_bytes("POST", f"/{n}", body=b"x") for n in range(20)))
         for n in range(20):
             assert (await wire.read_answer()).body == f"POST /{n}".encode()
+
+
+@pytest.mark.parametrize("between", [b"\r\n", b"\n", b"\r\n\r\n"])
+async def test_an_empty_line_before_a_request_is_ignored(between: bytes) -> None:
+    """RFC 9112, 2.2: clients of old send one behind a body. In one packet with what it stands between, or alone."""
+    async with open_server(hello) as server, server.connect() as wire:
+        await wire.send(
+            between + request_bytes("POST", "/0", body=b"x") + between + request_bytes("GET", "/1") + between
+        )
+        for n, method in enumerate(("POST", "GET")):
+            assert (await wire.read_answer()).body == f"{method} /{n}".encode()
+        await wire.send(between)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        (connection,) = server.barrier.connections
+        assert connection._waits is _Waits.FOR_A_REQUEST  # no head has begun that would have to end in time
+        await wire.send(between + request_bytes("GET", "/2"))
+        assert (await wire.read_answer()).body == b"GET /2"
+        await wire.half_close()
+        assert await wire.read_to_end() == b""
 
 
 async def test_a_head_without_a_length_leaves_before_its_body() -> None:

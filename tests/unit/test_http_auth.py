@@ -35,15 +35,15 @@ FOREIGN = [
 
 @pytest.mark.parametrize("host", OURS)
 def test_a_loopback_name_is_ours(host: str) -> None:
-    refuse_foreign(host, None)
-    refuse_foreign(host, f"http://{host}")
-    refuse_foreign(None, f"https://{host}")
+    refuse_foreign(host, [])
+    refuse_foreign(host, [f"http://{host}"])
+    refuse_foreign(None, [f"https://{host}"])
 
 
 @pytest.mark.parametrize("host", FOREIGN)
 def test_any_other_host_is_refused(host: str) -> None:
     with pytest.raises(Forbidden):
-        refuse_foreign(host, None)
+        refuse_foreign(host, [])
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_any_other_host_is_refused(host: str) -> None:
 )
 def test_any_other_origin_is_refused(origin: str) -> None:
     with pytest.raises(Forbidden):
-        refuse_foreign("localhost", origin)
+        refuse_foreign("localhost", [origin])

@@ -15,7 +15,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from ..broker import Broker
-from ..errors import MethodNotAllowed, NotFound, WakecallError
+from ..errors import NotFound, WakecallError
 from .admin import add_admin_routes
 from .answers import Answer, StreamBody, error_answer
 from .auth import refuse_foreign
@@ -102,13 +102,16 @@ class _App(QuartTrio):
     async def handle_request(self, request: Request) -> Response | WerkzeugResponse:
         try:
             if self.loopback_only:
-                refuse_foreign(request.headers.get("host"), request.headers.get("origin"))
+                host = request.headers.get("host")
+                if not host and request.http_version == "1.0":
+                    host = None  # old probes send none, and Quart makes that an empty one
+                refuse_foreign(host, request.headers.getlist("origin"))
             if request.scope["path"].startswith("//"):
                 # Werkzeug looks past the second slash; whoever else reads the path does not.
                 raise NotFound
             return await super().handle_request(request)
         except WakecallError as error:
-            return _error_answer(error, request.path)
+            return error_answer(error, request.path)
         except HTTPException as error:  # what Quart makes of a Host that is none, before it routes
             return _http_error_answer(error, request.path)
 
@@ -120,7 +123,7 @@ class _App(QuartTrio):
         try:
             result = await self.dispatch_request(context)
         except WakecallError as error:
-            return _error_answer(error, request.path)
+            return error_answer(error, request.path)
         except HTTPException as error:
             return _http_error_answer(error, request.path)
         return result if isinstance(result, Answer) else await self.make_response(result)
@@ -132,18 +135,14 @@ class _App(QuartTrio):
 
 
 async def _answer_error(error: WakecallError) -> Answer:
-    return _error_answer(error, request.path)
+    return error_answer(error, request.path)
 
 
 async def _answer_http_exception(error: HTTPException) -> Answer:
     return _http_error_answer(error, request.path)
 
 
-def _error_answer(error: WakecallError, path: str) -> Answer:
-    # Werkzeug says itself which methods a path takes; what a route of ours refuses is a HEAD.
-    return error_answer(error, path, {"Allow": "GET, OPTIONS"} if isinstance(error, MethodNotAllowed) else None)
-
-
 def _http_error_answer(error: HTTPException, path: str) -> Answer:
     allow = next((value for name, value in error.get_headers() if name == "Allow"), None)
-    return error_answer(from_http_exception(error), path, {"Allow": allow} if allow else None)
+    headers = {"Allow": ", ".join(sorted(allow.split(", ")))} if allow else None
+    return error_answer(from_http_exception(error), path, headers)

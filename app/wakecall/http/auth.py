@@ -8,6 +8,7 @@ names a foreign host (DNS rebinding) or comes from a foreign origin is refused b
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -45,19 +46,19 @@ def authenticate(request: Request) -> Principal:
     return _EVERYONE
 
 
-def refuse_foreign(host: str | None, origin: str | None) -> None:
+def refuse_foreign(host: str | None, origins: Iterable[str]) -> None:
     """Let only requests pass that a program on this machine makes on its own account.
 
     Args:
         host: the `Host` header.
-        origin: the `Origin` header; browsers send it, and `null` is foreign as well.
+        origins: every `Origin` header; browsers send one, and `null` is foreign as well.
 
     Raises:
         Forbidden: one of them names something else than this machine's loopback.
     """
     if host is not None and not _is_ours(host):
         raise Forbidden("This broker is open, so it answers to loopback names only. This Host is not one.")
-    if origin is not None:
+    for origin in origins:
         found = _ORIGIN.fullmatch(origin)
         if found is None or not _is_ours(found[1]):
             raise Forbidden("This broker is open, so it takes no requests from pages of other origins.")

@@ -287,7 +287,7 @@ class Connection(TCPServer):
             elif data is None:
                 await self._http.handle_buffered()
             else:
-                if self._waits is _Waits.FOR_A_REQUEST and data:
+                if self._waits is _Waits.FOR_A_REQUEST and data.strip(b"\r\n"):
                     self._wait(_Waits.FOR_A_HEAD, self._settings.head_s)
                 await self._http.handle(RawData(data))
                 if data == b"":

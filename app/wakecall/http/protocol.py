@@ -15,7 +15,7 @@ from typing import Any
 import h11
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Closed, RawData, Updated
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.events import Body, EndBody, Request, Response, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
@@ -30,6 +30,10 @@ __all__ = ["PATHS_FOR_PROBES", "AppTasks", "Http11", "Inbox", "objection_to"]
 #: Where HTTP/1.0 is good enough: old load balancers probe with it.
 PATHS_FOR_PROBES = frozenset({b"/healthz", b"/readyz", b"/metrics"})
 
+#: What is remembered of a head that is not understood, and what it asked for.
+_MAX_HEAD_SHOWN = 4096
+_TARGET = re.compile(rb"[A-Z-]{1,32} (/[!-~]*?)[ ?#]")
+
 _METHOD = re.compile(rb"[A-Z][A-Z-]*")
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 # RFC 9112, 3.2 with RFC 3986's reg-name, IPv4 and bracketed IPv6; no userinfo.
@@ -42,10 +46,12 @@ def objection_to(request: h11.Request, max_header_bytes: int, max_headers: int) 
     1. Another version than HTTP/1.1 (and HTTP/1.0 for probes): 505, RFC 9110 section 15.6.6.
     2. A method that is none, or CONNECT: 405.
     3. More headers than allowed: 431, RFC 6585 section 5. h11 counts only while a head is incomplete.
-    4. An upgrade to HTTP/2 or WebSocket: 400. A server may ignore an upgrade (RFC 9110, 7.8), but one that waits for a
+    4. A body with a Content-Length and a Transfer-Encoding: 400. Whoever forwards such a request may have found another
+       end of it (RFC 9112, 6.1), so the connection is closed too.
+    5. An upgrade to HTTP/2 or WebSocket: 400. A server may ignore an upgrade (RFC 9110, 7.8), but one that waits for a
        101 deserves an answer (RFC 6455, 4.2.2: any HTTP error). Not 426, which would ask the peer to upgrade.
-    5. A target that is neither a path nor an http URL (nor `OPTIONS *`): 400.
-    6. A Host that is none: 400, RFC 9112 section 3.2.
+    6. A target that is neither a path nor an http URL (nor `OPTIONS *`): 400.
+    7. A Host that is none: 400, RFC 9112 section 3.2.
     """
     path = request.target.partition(b"?")[0]
     if request.http_version == b"1.0":
@@ -66,6 +72,8 @@ def objection_to(request: h11.Request, max_header_bytes: int, max_headers: int) 
         return RequestTooLarge(f"The request has more than {max_headers} headers.", status=431)
     if len(request.target) + sum(len(name) + len(value) + 4 for name, value in headers) > max_header_bytes:
         return RequestTooLarge(f"The request's head is larger than {max_header_bytes} bytes.", status=431)
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+        return InvalidRequest("A request has a Content-Length or a Transfer-Encoding, not both.")
     for name, value in headers:
         if name == b"upgrade":
             wanted = {token.strip().partition(b"/")[0] for token in value.lower().split(b",")}
@@ -192,6 +200,7 @@ class Http11(H11Protocol):
         self._corked = b""
         self._method = b""
         self._path = ""
+        self._head = b""
         self.request_id = b""
         self.paused = False
 
@@ -262,6 +271,18 @@ class Http11(H11Protocol):
                 raise
             return b""
 
+    async def handle(self, event: Event) -> None:
+        """Take what arrived."""
+        if isinstance(event, RawData) and self.connection.their_state is h11.IDLE:
+            if not self._head and event.data[:1] in (b"\r", b"\n"):
+                # RFC 9112, 2.2: an empty line before a request is ignored.
+                event = RawData(event.data.lstrip(b"\r\n"))
+                if not event.data:
+                    return
+            if len(self._head) < _MAX_HEAD_SHOWN:
+                self._head += event.data[:_MAX_HEAD_SHOWN]
+        await super().handle(event)
+
     async def handle_buffered(self) -> None:
         """Go on with what arrived while the request before it was being answered."""
         await self._handle_events()
@@ -272,6 +293,8 @@ class Http11(H11Protocol):
             try:
                 event = self.connection.next_event()
             except h11.RemoteProtocolError as error:
+                if not self._path and (target := _TARGET.match(self._head)):
+                    self._path = target[1].decode("ascii")
                 await self.refuse(_as_error(error))
                 return
             if isinstance(event, h11.Request):
@@ -288,6 +311,7 @@ class Http11(H11Protocol):
                 await self.stream.handle(EndBody(stream_id=STREAM_ID))
 
     async def _open(self, request: h11.Request) -> None:
+        self._head = b""
         self.request_id = pick_request_id(request.headers)
         self._method = request.method
         self._path = request.target.partition(b"?")[0].decode("ascii")
@@ -326,11 +350,25 @@ class Http11(H11Protocol):
         await self._close_stream()
         both_done = self.connection.our_state is h11.DONE and self.connection.their_state is h11.DONE
         if both_done and not self._is_closing():
-            self.connection.start_next_cycle()
+            self._start_next_cycle()
             self.request_id, self._method, self._path = b"", b"", ""
             await self.send(Updated(idle=True))
         else:
             await self.send(Closed())
+
+    def _start_next_cycle(self) -> None:
+        ahead, at_end = self.connection.trailing_data
+        if ahead[:1] not in (b"\r", b"\n"):
+            self.connection.start_next_cycle()
+            return
+        # h11 has no way to take bytes back: an empty line between two requests is left behind with the connection's state.
+        self.connection = h11.Connection(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
+        self._head = ahead.lstrip(b"\r\n")
+        if self._head:
+            self.connection.receive_data(self._head)
+        if at_end:
+            self.connection.receive_data(b"")
+        self._head = self._head[:_MAX_HEAD_SHOWN]
 
 
 def _as_error(error: h11.RemoteProtocolError) -> WakecallError:

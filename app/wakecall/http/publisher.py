@@ -11,7 +11,7 @@ from quart import Quart
 
 from ..broker import Broker
 from ..config import BrokerConfig
-from ..errors import InvalidRequest, MethodNotAllowed, TaskCancelled, TooMany, WakecallError
+from ..errors import InvalidRequest, TaskCancelled, TooMany, WakecallError
 from ..models import LLMSpec, Status, is_id
 from ..upload import Upload
 from .answers import PIECE_BYTES, Answer, StreamBody, json_answer, no_content, stream_answer
@@ -104,9 +104,6 @@ def add_publisher_routes(app: Quart, broker: Broker) -> None:
 
     async def frames(session_id: str) -> Answer:
         call = begin("publisher")
-        if call.request.method != "GET":
-            # Quart takes a HEAD for a GET without a body; but opening a channel ends the one before it.
-            raise MethodNotAllowed
         channel = broker.open_channel_nowait(session_id, owner=call.owner)
         call.exchange.on_disconnect(channel.disconnect)
         call.exchange.on_progress(channel.note_progress)
@@ -145,6 +142,10 @@ def add_publisher_routes(app: Quart, broker: Broker) -> None:
     app.add_url_rule(_SESSION, "goodbye", goodbye, methods=["DELETE"])
     app.add_url_rule(f"{_SESSION}/heartbeat", "heartbeat", heartbeat, methods=["POST"])
     app.add_url_rule(f"{_SESSION}/frames", "frames", frames, methods=["GET"])
+    for rule in app.url_map.iter_rules("frames"):
+        # Werkzeug takes a HEAD for a GET without a body; but opening a channel ends the one before it.
+        assert rule.methods is not None
+        rule.methods.discard("HEAD")
     app.add_url_rule(f"{_TASK}/body", "task_body", get_body, methods=["GET"])
     app.add_url_rule(f"{_TASK}/result", "task_result", post_result, methods=["POST"])
     app.add_url_rule(f"{_TASK}/chunks", "task_chunks", post_chunk, methods=["POST"])

@@ -37,12 +37,12 @@ def pick_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def marks_of(path: str, request_id: bytes) -> Headers:
-    """The headers that every answer at `path` carries, whoever made it.
+    """The headers that every answer at `path` carries, whoever made it; an empty one is not known, and may be any.
 
     What stands under `/v1` was written by a publisher: no browser may take it for a page of the broker's.
     """
     marks = [(b"x-request-id", request_id)]
-    if path == "/v1" or path.startswith("/v1/"):
+    if path in ("", "/v1") or path.startswith("/v1/"):
         marks.append((b"x-content-type-options", b"nosniff"))
         marks.append((b"content-security-policy", b"sandbox"))
     return marks
