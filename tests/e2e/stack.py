@@ -244,6 +244,23 @@ class BrokerProcess(Running):
             while self.descriptors > at_most:
                 await trio.sleep(POLL_S)
 
+    def holds(self, peer: tuple[str, int]) -> bool:
+        """Whether its end of the connection from this address on this machine is still open."""
+        ends = {f"{self.port:04X}", f"{peer[1]:04X}"}
+        for line in Path(f"/proc/{self.pid}/net/tcp").read_text().splitlines()[1:]:
+            _, local, remote, *rest = line.split()
+            is_ours = local.endswith(f":{self.port:04X}") and {local[-4:], remote[-4:]} == ends
+            # What nobody holds any more (FIN-WAIT, TIME-WAIT) has no inode.
+            if is_ours and rest[6] != "0":
+                return True
+        return False
+
+    async def wait_let_go(self, peer: tuple[str, int]) -> None:
+        """Return once it holds that connection no more."""
+        with _patience(lambda: f"the connection from {peer} is still open"):
+            while self.holds(peer):
+                await trio.sleep(POLL_S)
+
     async def metrics(self) -> dict[str, float]:
         """Every sample of `/metrics`, labels as `name{label=value}` in the order of their names."""
         text = (await self.http.get("/metrics")).raise_for_status().text
