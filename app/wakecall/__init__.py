@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from .config import BrokerConfig
     from .errors import WakecallError
     from .http import create_app
+    from .keyring import Caller, Claim
     from .local import InferReply
-    from .models import InferRequest, LLMSpec, Status
-    from .serving import CannotBind, NotLoopback, ServeConfig, Stop, serve
+    from .models import InferRequest, Key, LLMSpec, NewKey, Status
+    from .serving import CannotBind, KeysRequired, ServeConfig, Stop, serve
     from .session import Channel
     from .store import MemoryStore, Store, StoreError
     from .store.sqlite import open_sqlite_store
@@ -24,14 +25,18 @@ __version__ = "0.1.0"
 __all__ = [
     "Broker",
     "BrokerConfig",
+    "Caller",
     "CannotBind",
     "Channel",
+    "Claim",
     "Infer",
     "InferReply",
     "InferRequest",
+    "Key",
+    "KeysRequired",
     "LLMSpec",
     "MemoryStore",
-    "NotLoopback",
+    "NewKey",
     "Reader",
     "Reply",
     "ServeConfig",
@@ -52,14 +57,18 @@ __all__ = [
 _HOMES = {
     "Broker": ".broker",
     "BrokerConfig": ".config",
+    "Caller": ".keyring",
     "CannotBind": ".serving",
     "Channel": ".session",
+    "Claim": ".keyring",
     "Infer": ".task",
     "InferReply": ".local",
     "InferRequest": ".models",
+    "Key": ".models",
+    "KeysRequired": ".serving",
     "LLMSpec": ".models",
     "MemoryStore": ".store",
-    "NotLoopback": ".serving",
+    "NewKey": ".models",
     "Reader": ".task",
     "Reply": ".task",
     "ServeConfig": ".serving",

@@ -5,24 +5,26 @@
             async for chunk in reply: ...
 
 The work is done below: `directory` holds the state, `registry` the sessions, `dispatch` the infers and wakes, `upload`
-takes their answers in, `journal` brings decisions to the store, `views` shows how it all stands. Here they are put
-together, given a nursery, and shown as one thing.
+takes their answers in, `access` decides on keys and owners, `journal` brings decisions to the store, `views` shows how it
+all stands. Here they are put together, given a nursery, and shown as one thing.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 import trio
 
 from . import views
+from .access import Access
 from .config import BrokerConfig
 from .directory import Directory, Row
 from .dispatch import Dispatcher
-from .errors import InvalidRequest, ModelNotFound, SessionNotFound, ShuttingDown
+from .errors import InvalidRequest, ModelNotFound, NotFound, SessionNotFound, ShuttingDown, StoreUnavailable
 from .journal import Journal
+from .keyring import Caller, Claim
 from .local import Handler, WakeHandler, publish
 from .models import (
     LLM,
@@ -30,9 +32,12 @@ from .models import (
     Event,
     HeartbeatReply,
     InferRequest,
+    KeyView,
     LLMSpec,
     LLMView,
+    NewKey,
     Registered,
+    Role,
     SessionView,
     Snapshot,
     Statistics,
@@ -68,7 +73,9 @@ class Broker:
         self._dispatcher = Dispatcher(self._directory)
         self._intake = Intake(self._directory, self._dispatcher)
         self._registry = Registry(self._directory, self._dispatcher, lambda: self._nursery)
+        self._access = Access(self._directory, self._dispatcher, self._registry)
         self._directory.load(snapshot)
+        self._access.load()
 
     # How it stands --------------------------------------------------------------------------------------------------
 
@@ -104,6 +111,89 @@ class Broker:
         """The counters, as they stand in this instant."""
         return views.statistics(self._directory)
 
+    # Who may call ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody may do everything: there is no key, and has been none since it was opened."""
+        return self._directory.keyring.is_open
+
+    def authenticate(self, secret: str | None) -> Caller:
+        """Who presents this key; while the broker is open, whoever it is.
+
+        Args:
+            secret: the key; None: none was presented.
+
+        Raises:
+            InvalidApiKey: there is none, it is unknown or revoked, or its time is over.
+        """
+        return self._directory.keyring.find(secret, self.now())
+
+    def claim(self, caller: Caller) -> Claim:
+        """Begin a call on a caller's account: it counts against his key's limits until it is released.
+
+        Raises:
+            RateLimitExceeded: his key allows no more of them now.
+        """
+        return caller.claim(trio.current_time())
+
+    def key_views(self) -> list[KeyView]:
+        """All keys, oldest first, expired ones too. The keys themselves nobody has but their holders."""
+        return self._access.view()
+
+    async def create_key(
+        self,
+        role: Role,
+        *,
+        name: str = "",
+        owner: str | None = None,
+        llms: Sequence[str] | None = None,
+        rpm: int | None = None,
+        max_in_flight: int | None = None,
+        expires_in_s: float | None = None,
+    ) -> NewKey:
+        """Make a key. With the first one the broker is no longer open.
+
+        Args:
+            role: `client`, `publisher` or `admin`.
+            name: for people.
+            owner: whose sessions, names and tasks its holder's are; None: the key's own id.
+            llms: patterns of the names that a client may use or a publisher may register (`*`: any characters); None: all.
+            rpm: a client's requests a minute; None: no bound.
+            max_in_flight: a client's requests at a time; None: no bound.
+            expires_in_s: seconds that it lives; None: until it is revoked.
+
+        Raises:
+            InvalidRequest, TooMany: what is asked cannot be.
+            StoreUnavailable: there is no such key, for it could not be kept.
+        """
+        made = self._access.create_nowait(role, name, owner, llms, rpm, max_in_flight, expires_in_s)
+        kept = True
+        try:
+            await self._journal.commit().wait()
+        except StoreUnavailable:
+            # Whoever asked does not get it, so nobody shall have it. (One that was revoked meanwhile is gone already.)
+            kept = False
+            with suppress(NotFound):
+                self._access.revoke_nowait(made.key.key_id)
+            raise
+        finally:
+            if kept:
+                self._directory.keyring.close()
+        return made
+
+    async def revoke_key(self, key_id: str) -> None:
+        """Delete a key: the next request with it is refused, and a publisher's sessions and channels end now.
+
+        Infers that a client's key has under way go on.
+
+        Raises:
+            NotFound: there is none.
+            StoreUnavailable: it is revoked, but that is not committed yet.
+        """
+        self._access.revoke_nowait(key_id)
+        await self._journal.commit().wait()
+
     # Publishers -----------------------------------------------------------------------------------------------------
 
     async def register(
@@ -114,6 +204,7 @@ class Broker:
         owner: str = LOCAL_OWNER,
         agent_name: str = "",
         agent_version: str = "",
+        key_id: str | None = None,
     ) -> Registered:
         """Register a session's rows, all or nothing; those it leaves out are withdrawn. Idempotent.
 
@@ -122,13 +213,14 @@ class Broker:
             llms: at most `max_llms_per_session`.
             owner: whose session and names these are.
             agent_name, agent_version: what the publisher says it is.
+            key_id: the key that this came with: the session ends when that is revoked or expires.
 
         Raises:
             InvalidRequest, TooMany: what is asked cannot be.
             LLMNameTaken, LLMIsPublic, SessionTaken: it is another's.
             StoreUnavailable: it is registered, but not committed yet.
         """
-        registered = self._registry.register_nowait(session_id, llms, owner, agent_name, agent_version)
+        registered = self._registry.register_nowait(session_id, llms, owner, agent_name, agent_version, key_id)
         await self._journal.commit().wait()
         return registered
 
@@ -168,24 +260,31 @@ class Broker:
         await self._journal.commit().wait()
 
     @asynccontextmanager
-    async def open_channel(self, session_id: str, *, owner: str = LOCAL_OWNER) -> AsyncIterator[Channel]:
+    async def open_channel(
+        self, session_id: str, *, owner: str = LOCAL_OWNER, key_id: str | None = None
+    ) -> AsyncIterator[Channel]:
         """The control channel of a session, while the block lasts; leaving it is the disconnect.
 
         It returns at once. The first frame is `hello`, and comes when this epoch is current.
+
+        Args:
+            session_id: whose channel.
+            owner: of the session.
+            key_id: the key that this came with: the channel ends when that is revoked or expires.
 
         Raises:
             SessionNotFound: register first.
             ShuttingDown: the broker is stopping.
         """
-        channel = self.open_channel_nowait(session_id, owner=owner)
+        channel = self.open_channel_nowait(session_id, owner=owner, key_id=key_id)
         try:
             yield channel
         finally:
             channel.disconnect()
 
-    def open_channel_nowait(self, session_id: str, *, owner: str = LOCAL_OWNER) -> Channel:
+    def open_channel_nowait(self, session_id: str, *, owner: str = LOCAL_OWNER, key_id: str | None = None) -> Channel:
         """The same for a transport whose channel ends elsewhere: whoever holds it must call its `disconnect`."""
-        return self._registry.open_channel_nowait(session_id, owner)
+        return self._registry.open_channel_nowait(session_id, owner, key_id)
 
     def publish(
         self,
@@ -317,34 +416,41 @@ class Broker:
 
     # Clients --------------------------------------------------------------------------------------------------------
 
-    def llms(self) -> list[LLM]:
-        """All rows by name, from memory: listing wakes nothing."""
+    def llms(self, caller: Caller | None = None) -> list[LLM]:
+        """All rows by name, from memory: listing wakes nothing. With a caller, those alone that he may use."""
         rows = self._directory.rows
-        return [rows[name].llm for name in sorted(rows)]
+        return [rows[name].llm for name in sorted(rows) if caller is None or caller.may_use(name)]
 
-    def llm(self, name: str) -> LLM:
-        """One row. Raises ModelNotFound."""
+    def llm(self, name: str, caller: Caller | None = None) -> LLM:
+        """One row. Raises ModelNotFound: there is none, or not for this caller."""
+        if caller is not None and not caller.may_use(name):
+            raise ModelNotFound
         return self._find_row(name).llm
 
-    def infer_nowait(self, name: str, request: InferRequest) -> Infer:
+    def infer_nowait(self, name: str, request: InferRequest, *, claim: Claim | None = None) -> Infer:
         """Take an infer on. Whoever holds what this returns must call its `cancel` when he leaves.
 
+        Args:
+            name: the row's.
+            request: the client's call.
+            claim: on whose account, from `claim`; the infer holds it from now on. None: on nobody's, and without limits.
+
         Raises:
-            ModelNotFound: there is no such row.
+            ModelNotFound: there is no such row, or not for this caller.
             ModelOffline: nobody is there to be asked.
             QueueFull: as many wait as may.
             ShuttingDown: the broker is stopping.
         """
-        return self._dispatcher.accept(name, request)
+        return self._dispatcher.accept(name, request, claim)
 
     @asynccontextmanager
-    async def infer(self, name: str, request: InferRequest) -> AsyncIterator[Reply]:
+    async def infer(self, name: str, request: InferRequest, *, claim: Claim | None = None) -> AsyncIterator[Reply]:
         """An answer, from its first byte on, while the block lasts; leaving it early cancels the infer.
 
         Raises:
             WakecallError: as `infer_nowait` and `Infer.wait_head`.
         """
-        infer = self.infer_nowait(name, request)
+        infer = self.infer_nowait(name, request, claim=claim)
         try:
             yield await infer.wait_head()
         finally:
@@ -388,6 +494,33 @@ class Broker:
         """Delete a row of any kind; its infers fail. Raises ModelNotFound, StoreUnavailable."""
         self._registry.delete_llm_nowait(name)
         await self._journal.commit().wait()
+
+    async def hand_over_session(self, session_id: str, owner: str) -> SessionView:
+        """Make a session, with its rows, another owner's. Its channel ends: whoever holds it is not the new owner.
+
+        Raises:
+            SessionNotFound: there is none.
+            InvalidRequest, TooMany: that is no owner, or one who has as much as he may.
+            StoreUnavailable: it is done, but not committed yet.
+        """
+        self._access.hand_over_session_nowait(session_id, owner)
+        await self._journal.commit().wait()
+        session = self._directory.sessions.get(session_id)
+        if session is None:
+            raise SessionNotFound  # it went while this was committed
+        return views.view_session(session)
+
+    async def hand_over_llm(self, name: str, owner: str) -> LLMView:
+        """Make a row another owner's. A virtual one is withdrawn from its session; its new owner's next register adopts it.
+
+        Raises:
+            ModelNotFound: there is none.
+            InvalidRequest, TooMany: that is no owner, or one who has as much as he may.
+            StoreUnavailable: it is done, but not committed yet.
+        """
+        self._access.hand_over_llm_nowait(name, owner)
+        await self._journal.commit().wait()
+        return self.llm_view(name)
 
     async def evict(self, session_id: str) -> None:
         """End a session as goodbye does, but its publisher is told not to come back. Raises SessionNotFound."""

@@ -64,6 +64,7 @@ class BrokerConfig:
     max_waiting_per_llm: int = _count(1000, "infers waiting for one row", "infers")
     max_waiting: int = _count(10_000, "infers waiting in all", "infers")
     max_settled_per_session: int = _count(1000, "outcomes remembered for one session", "outcomes")
+    max_keys: int = _count(10_000, "API keys", "keys")
     max_readers_per_reply: int = _count(64, "readers of one answer", "readers")
 
     def __post_init__(self) -> None:

@@ -1,10 +1,10 @@
 """The broker's entire mutable state, and the only steps that change a row or a session.
 
-What is in memory is the truth. It is: `rows` and `sessions`; three lists of rows and sessions in the order in which a sweep
-retires them (`live`, `inactive`, `unused`: since instants only grow, whatever is touched goes to the end, and no heap is
-needed); `tasks` sent and not over; `settled`, the recent outcomes; the counters; and what each row and session holds of its
-own. Every change of a record passes `change_row`, `remove_row`, `change_session` or `remove_session`, which keep the lists
-and hand the record to the journal, in the same step.
+What is in memory is the truth. It is: `rows` and `sessions`; the `keyring`; three lists of rows and sessions in the order in
+which a sweep retires them (`live`, `inactive`, `unused`: since instants only grow, whatever is touched goes to the end, and
+no heap is needed); `tasks` sent and not over; `settled`, the recent outcomes; the counters; and what each row and session
+holds of its own. Every change of a record passes `change_row`, `remove_row`, `change_session`, `remove_session`, `add_key`
+or `remove_key`, which keep the lists and hand the record to the journal, in the same step.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from . import lifecycle
 from .config import BrokerConfig
 from .deadlines import Deadlines
 from .journal import Journal
+from .keyring import Caller, Keyring
 from .lifecycle import RowEvent
-from .models import LLM, Event, Kind, SessionRecord, Snapshot, Status
+from .models import LLM, Event, Key, Kind, SessionRecord, Snapshot, Status
 from .session import Session
 from .task import Infer, WaitingLine
 from .wake import Wake
@@ -98,6 +99,7 @@ class Directory:
         self.journal: Final = journal
         self.rows: dict[str, Row] = {}
         self.sessions: dict[str, Session] = {}
+        self.keyring: Final = Keyring()
         self.live: OrderedDict[str, Row] = OrderedDict()
         self.inactive: OrderedDict[str, Row] = OrderedDict()
         self.unused: OrderedDict[str, Session] = OrderedDict()
@@ -113,6 +115,9 @@ class Directory:
     def load(self, snapshot: Snapshot) -> None:
         """Take what a store held. Nothing is active until its publisher is back; retention goes on."""
         now = self.clock.now()
+        for key in snapshot.keys:
+            self.keyring.add(key)
+            self.keyring.close()
         # No instant is ahead of our clock, or what stands behind it in its list would wait for it.
         sessions = [
             replace(
@@ -212,6 +217,20 @@ class Directory:
         if changes:
             self.change_row(row, **changes)
 
+    def hand_over_row(self, row: Row, owner: str) -> None:
+        """A row is another owner's from now on."""
+        self._count_row(row.llm, -1)
+        self.change_row(row, owner=owner)
+        self._count_row(row.llm, 1)
+
+    def detach_row(self, row: Row) -> None:
+        """An inactive row is no session's any more, until one of its owner's registers it."""
+        if row.session is not None:
+            session, row.session = row.session, None
+            del session.rows[row.llm.name]
+            self.review_unused(session)
+        self.change_row(row, session_id=None)
+
     def adopt_row(self, row: Row, session: Session) -> None:
         """An inactive row goes over to another session of its owner."""
         old = row.session
@@ -277,6 +296,17 @@ class Directory:
             del self.settled[task_id]
         self.journal.put_session(session_id, None)
 
+    def hand_over_session(self, session: Session, owner: str) -> None:
+        """A session, with its rows, is another owner's from now on."""
+        before = session.record.owner
+        self.owned[before] -= 1
+        if not self.owned[before]:
+            del self.owned[before]
+        self.owned[owner] = self.owned.get(owner, 0) + 1
+        self.change_session(session, owner=owner)
+        for row in session.rows.values():
+            self.hand_over_row(row, owner)
+
     def review_unused(self, session: Session) -> None:
         """Note from when a session has had neither row nor channel."""
         session_id = session.record.session_id
@@ -290,6 +320,21 @@ class Directory:
             self.unused[session_id] = session
             if session.record.unused_since is None:
                 self.change_session(session, unused_since=self.clock.now())
+
+    # Keys
+
+    def add_key(self, key: Key) -> Caller:
+        """A key that was not there."""
+        self.journal.put_key(key.key_id, key)
+        return self.keyring.add(key)
+
+    def remove_key(self, key_id: str) -> Caller:
+        """A key that is there is no more. Raises KeyError: it is not there."""
+        caller = self.keyring.remove(key_id)
+        self.journal.put_key(key_id, None)
+        if caller.expiry is not None:
+            self.waiting_deadlines.disarm(caller.expiry)
+        return caller
 
     # Outcomes
 

@@ -35,6 +35,7 @@ from .errors import (
     WakeTimeout,
 )
 from .frames import CancelReason
+from .keyring import Claim
 from .lifecycle import RowEvent
 from .models import InferRequest, InferSettled, Status, WakeSettled
 from .placement import Placement, RowLoad, place
@@ -68,8 +69,8 @@ class Dispatcher:
 
     # Accepting ------------------------------------------------------------------------------------------------------
 
-    def accept(self, name: str, request: InferRequest) -> Infer:
-        """Take an infer on, as `placement.place` decides.
+    def accept(self, name: str, request: InferRequest, claim: Claim | None) -> Infer:
+        """Take an infer on, as `placement.place` decides. Once accepted, it holds the claim until its outcome.
 
         Raises:
             ShuttingDown, ModelNotFound, QueueFull: not accepted.
@@ -79,13 +80,16 @@ class Dispatcher:
         if directory.stopping:
             raise ShuttingDown
         row = directory.rows.get(name)
-        if row is None:
+        if row is None or (claim is not None and not claim.caller.may_use(name)):
             raise ModelNotFound(param="model")
         decision = place(self._load_of(row))
         if decision is Placement.FULL:
             raise QueueFull(retry_after_s=self._estimate_wait(row))
         now = trio.current_time()
         infer = Infer(new_task_id(), row, request, self._config, now, self.cancel)
+        if claim is not None:
+            claim.take_over()
+            infer.claim = claim
         counters.accepted += 1
         counters.waiting += 1
         if decision is Placement.OFFLINE:
@@ -254,6 +258,8 @@ class Dispatcher:
         infer.done.set()
         if infer.upload is not None:
             infer.upload._task_is_over()
+        if infer.claim is not None:
+            infer.claim.release()
         self._tell(infer, outcome, now)
         # 3
         if cancel is not None and channel is not None:
@@ -278,6 +284,7 @@ class Dispatcher:
                 seconds=now - infer.accepted_at,
                 first_byte_s=None if infer.first_byte_at is None else infer.first_byte_at - infer.accepted_at,
                 engine_status=infer.engine_status if headed else None,
+                key_id=None if infer.claim is None else infer.claim.caller.key_id,
             )
         )
 

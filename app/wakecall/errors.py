@@ -13,7 +13,10 @@ people. No class here knows HTTP beyond those numbers: `wakecall.http` turns the
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from .limits import RateState
 
 __all__ = [
     "AmbiguousModel",
@@ -245,10 +248,23 @@ class OffsetGap(RequestError):
 
 
 class RateLimitExceeded(RequestError):
+    """A key's own limit: its requests a minute, or at a time. `retry_after_s` is computed.
+
+    Args:
+        message, retry_after_s: as of every error.
+        rate: how the key's rate stands, where that was it.
+    """
+
     code = "rate_limit_exceeded"
     default_status = 429
     type = "rate_limit_error"
     default_message = "Too many requests."
+
+    def __init__(
+        self, message: str | None = None, *, retry_after_s: float | None = None, rate: RateState | None = None
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.rate = rate
 
 
 class QueueFull(RequestError):

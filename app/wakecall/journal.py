@@ -1,7 +1,7 @@
 """What has been decided, on its way to the store.
 
 The broker decides in memory and puts the new record here in the same step; one writer commits whatever has gathered
-since its last commit (group commit). Only the last state of each row and session is kept, so the journal is bounded by
+since its last commit (group commit). Only the last state of each row, session and key is kept, so the journal is bounded by
 what there is and, while the store is down, by a number (`is_overfull`). An acknowledgement waits for the commit that
 carries its step; if that fails it is refused with `StoreUnavailable`, but the step stays, and the writer repeats it until
 it is down.
@@ -15,7 +15,7 @@ import math
 import trio
 
 from .errors import StoreUnavailable
-from .models import LLM, Batch, SessionRecord
+from .models import LLM, Batch, Key, SessionRecord
 from .store.base import Store, StoreError
 
 __all__ = ["Commit", "Journal"]
@@ -27,7 +27,7 @@ _LAST_RETRY_S = 5.0
 #: A commit under way for so long counts as a fault, in seconds.
 _SLOW_S = 10.0
 
-#: Rows and sessions.
+#: Rows, sessions and keys.
 _MOST_UNWRITTEN = 100_000
 
 
@@ -63,6 +63,7 @@ class Journal:
         # The entire state: what has gathered, the commit that will carry it, and whether the last one went well.
         self._llms: dict[str, LLM | None] = {}
         self._sessions: dict[str, SessionRecord | None] = {}
+        self._keys: dict[str, Key | None] = {}
         self._next: Commit | None = None
         self._work = trio.Event()
         self._writing = trio.Lock()
@@ -80,6 +81,11 @@ class Journal:
         self._sessions[session_id] = session
         self._work.set()
 
+    def put_key(self, key_id: str, key: Key | None) -> None:
+        """A key is now so; None: it is revoked."""
+        self._keys[key_id] = key
+        self._work.set()
+
     @property
     def ok(self) -> bool:
         """Whether the last commit went well, and the one under way has not been so for long."""
@@ -89,7 +95,7 @@ class Journal:
     def is_overfull(self) -> bool:
         """Whether a store that fails or hangs has left so much here that no new names may come: what is deleted is kept too
         until that is written, so publishers that come and go would fill the memory."""
-        return len(self._llms) + len(self._sessions) > _MOST_UNWRITTEN
+        return len(self._llms) + len(self._sessions) + len(self._keys) > _MOST_UNWRITTEN
 
     def commit(self) -> Commit:
         """The commit that carries everything put so far. Call it in the step that put it."""
@@ -119,9 +125,9 @@ class Journal:
     async def _flush(self) -> None:
         """Commit once what has gathered. A failure is kept for the next time."""
         self._work = trio.Event()
-        batch = Batch(self._llms, self._sessions)
+        batch = Batch(self._llms, self._sessions, self._keys)
         commit, self._next = self._next, None
-        self._llms, self._sessions = {}, {}
+        self._llms, self._sessions, self._keys = {}, {}, {}
         error: StoreError | None = StoreError("the broker closed before the store had answered")
         self._writing_since = trio.current_time()
         try:
@@ -143,6 +149,7 @@ class Journal:
                 # Under what has been decided meanwhile.
                 self._llms = batch.llms | self._llms
                 self._sessions = batch.sessions | self._sessions
+                self._keys = batch.keys | self._keys
                 self._work.set()
             elif not self._last_went_well:
                 logger.warning("the store is well again")

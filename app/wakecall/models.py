@@ -14,11 +14,16 @@ __all__ = [
     "HeartbeatReply",
     "InferRequest",
     "InferSettled",
+    "Key",
+    "KeyEvent",
+    "KeyView",
     "Kind",
     "LLMSpec",
     "LLMView",
+    "NewKey",
     "Registered",
     "RegisteredLLM",
+    "Role",
     "SessionEvent",
     "SessionRecord",
     "SessionView",
@@ -66,6 +71,9 @@ class Status(StrEnum):
 
 CancelMode = Literal["abort", "drain"]
 
+#: What a key is for (protocol.md): inference, publishing, operating. None of them holds another.
+Role = Literal["client", "publisher", "admin"]
+
 
 @dataclass(frozen=True, slots=True)
 class LLM:
@@ -99,7 +107,7 @@ class SessionRecord:
     """A publisher's sticky registration, as it is stored.
 
     `epoch` is that of its latest channel (0: none yet). `unused_since` is the instant from which it has had neither a
-    row nor a channel; None while it has one.
+    row nor a channel; None while it has one. `key_id` is the key that registered it last; None: no key did.
     """
 
     session_id: str
@@ -110,6 +118,35 @@ class SessionRecord:
     agent_name: str = ""
     agent_version: str = ""
     unused_since: float | None = None
+    key_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An API key, as it is stored: not the key itself, but its digest (`keys.digest_of`).
+
+    `llms` are the patterns of the names that it opens (`keys.matcher_of`); None: all. `rpm` bounds a client's requests a
+    minute, `max_in_flight` those at a time; None: no bound.
+    """
+
+    key_id: str
+    role: Role
+    owner: str
+    digest: str = field(repr=False)
+    created_at: float
+    name: str = ""
+    expires_at: float | None = None
+    llms: tuple[str, ...] | None = None
+    rpm: int | None = None
+    max_in_flight: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key that has just been made. `secret` is the key itself, which nothing keeps: it is shown once."""
+
+    key: Key
+    secret: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +239,15 @@ class SessionView:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyView:
+    """A key as an operator sees it. `expired`: its time is over; it opens nothing, and is still listed."""
+
+    key: Key
+    in_flight: int
+    expired: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TaskView:
     """An infer or a wake under way, as an operator sees it."""
 
@@ -238,10 +284,11 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Changes that are committed together: the last state of each row and session, None where it is gone."""
+    """Changes that are committed together: the last state of each row, session and key, None where it is gone."""
 
     llms: dict[str, LLM | None] = field(default_factory=dict)
     sessions: dict[str, SessionRecord | None] = field(default_factory=dict)
+    keys: dict[str, Key | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +297,7 @@ class Snapshot:
 
     llms: tuple[LLM, ...] = ()
     sessions: tuple[SessionRecord, ...] = ()
+    keys: tuple[Key, ...] = ()
 
 
 # What observers (logs, metrics) are told ----------------------------------------------------------------------------
@@ -276,10 +324,21 @@ class ChannelEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyEvent:
+    """`event`: created, revoked, expired. Expired is told of a publisher's key alone: its sessions end with it."""
+
+    event: Literal["created", "revoked", "expired"]
+    key_id: str
+    role: Role
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
 class InferSettled:
     """An infer's one outcome. `code` is `completed`, or that of the error; `seconds` since it was accepted.
 
-    `first_byte_s` is None where no byte of an answer came; `engine_status` where no head did.
+    `first_byte_s` is None where no byte of an answer came; `engine_status` where no head did; `key_id` where none was
+    needed.
     """
 
     task_id: str
@@ -291,6 +350,7 @@ class InferSettled:
     seconds: float
     first_byte_s: float | None
     engine_status: int | None
+    key_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,4 +364,4 @@ class WakeSettled:
     waiters: int
 
 
-Event = SessionEvent | ChannelEvent | InferSettled | WakeSettled
+Event = SessionEvent | ChannelEvent | KeyEvent | InferSettled | WakeSettled

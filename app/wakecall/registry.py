@@ -80,7 +80,13 @@ class Registry:
     # Registering ----------------------------------------------------------------------------------------------------
 
     def register_nowait(
-        self, session_id: str, specs: Sequence[LLMSpec], owner: str, agent_name: str, agent_version: str
+        self,
+        session_id: str,
+        specs: Sequence[LLMSpec],
+        owner: str,
+        agent_name: str,
+        agent_version: str,
+        key_id: str | None,
     ) -> Registered:
         """Register, all or nothing: every check comes before the first change. See `Broker.register`."""
         directory, now = self._directory, self._directory.clock.now()
@@ -94,10 +100,20 @@ class Registry:
 
         if session is None:
             session = directory.add_session(
-                SessionRecord(session_id, owner, now, now, agent_name=agent_name, agent_version=agent_version)
+                SessionRecord(
+                    session_id,
+                    owner,
+                    now,
+                    now,
+                    agent_name=agent_name,
+                    agent_version=agent_version,
+                    key_id=key_id,
+                )
             )
         else:
-            directory.change_session(session, last_heartbeat_at=now, agent_name=agent_name, agent_version=agent_version)
+            directory.change_session(
+                session, last_heartbeat_at=now, agent_name=agent_name, agent_version=agent_version, key_id=key_id
+            )
         named = {spec.name for spec in specs}
         for row in [row for name, row in session.rows.items() if name not in named]:
             if row.llm.remembers is not None or row.llm.status is not Status.INACTIVE:
@@ -201,7 +217,7 @@ class Registry:
 
     # Channels -------------------------------------------------------------------------------------------------------
 
-    def open_channel_nowait(self, session_id: str, owner: str) -> Channel:
+    def open_channel_nowait(self, session_id: str, owner: str, key_id: str | None) -> Channel:
         """A new epoch: the one before it ends as superseded, and this is current once that has been joined."""
         directory = self._directory
         if directory.stopping:
@@ -213,6 +229,7 @@ class Registry:
             session,
             epoch,
             self._config,
+            key_id=key_id,
             on_disconnect=lambda channel: self.end_channel(channel, None),
             on_overflow=lambda channel: self.end_channel(channel, "stale"),
             on_room=self._on_channel_room,

@@ -20,7 +20,7 @@ from .http.barrier import BarrierSettings
 from .http.server import hypercorn_config, serve_app
 from .http.sockets import CannotBind, bind, format_url, is_loopback
 
-__all__ = ["CannotBind", "NotLoopback", "ServeConfig", "Stop", "serve"]
+__all__ = ["CannotBind", "KeysRequired", "ServeConfig", "Stop", "serve"]
 
 logger = logging.getLogger("wakecall.server")
 
@@ -28,8 +28,8 @@ logger = logging.getLogger("wakecall.server")
 _LAST_WRITES_S = 1.0
 
 
-class NotLoopback(ValueError):
-    """There are no keys yet, so whoever reaches the address may do everything: it has to be this machine alone.
+class KeysRequired(Exception):
+    """Without keys whoever reaches the address may do everything: so it has to be this machine alone.
 
     Args:
         address: that is not.
@@ -37,9 +37,8 @@ class NotLoopback(ValueError):
 
     def __init__(self, address: str) -> None:
         super().__init__(
-            f"refusing to listen on {address}: there are no API keys yet, so anybody who reaches the address could"
-            " use, replace and delete every model. Listen on 127.0.0.1, and put a reverse proxy or an SSH tunnel that"
-            " knows its callers in front."
+            f"refusing to listen on {address or 'every address'}: there are no API keys, so anybody who reaches it could"
+            " use, replace and delete every model"
         )
 
 
@@ -48,14 +47,12 @@ class ServeConfig:
     """Where and how to listen.
 
     Args:
-        host: a loopback name or address.
+        host: a name or address of this machine; empty: every address it has.
         port: 0 to 65535; 0: a free one.
         keep_alive_s: seconds that a connection may be idle between requests.
         head_s: seconds from the first byte of a request's head to its last.
         max_connections: connections at a time; None: as many as there are descriptors for.
-
-    Raises:
-        NotLoopback: the host is reachable from other machines.
+        open: listen without keys on addresses that others can reach, and answer to any `Host`.
     """
 
     host: str = "127.0.0.1"
@@ -63,10 +60,7 @@ class ServeConfig:
     keep_alive_s: float = 75.0
     head_s: float = 60.0
     max_connections: int | None = None
-
-    def __post_init__(self) -> None:
-        if not is_loopback(self.host):
-            raise NotLoopback(self.host)
+    open: bool = False
 
 
 @dataclass(slots=True)
@@ -113,17 +107,22 @@ async def serve(
 
     Raises:
         CannotBind: the address is taken, or is not this machine's.
-        NotLoopback: the host's name is a loopback one, but leads elsewhere.
+        KeysRequired: others can reach the address, and the broker has no keys.
     """
     config = config or ServeConfig()
     stop = stop or Stop()
     stall_s = broker.config.peer_stall_s
+    needs_loopback = broker.is_open and not config.open
+    if needs_loopback and not is_loopback(config.host):
+        raise KeysRequired(config.host)
     listening = bind(config.host, config.port, peer_stall_s=stall_s)
     for sock in listening:
         # A name says what it should lead to; where it does is for this machine's resolver to say.
-        if not is_loopback(address := sock.getsockname()[0]):
+        if needs_loopback and not is_loopback(address := sock.getsockname()[0]):
             _close(listening)
-            raise NotLoopback(f"{config.host} ({address})")
+            raise KeysRequired(f"{config.host} ({address})")
+    if config.open:
+        _warn_of_open(broker, config.host)
     settings = BarrierSettings(
         peer_stall_s=stall_s,
         keep_alive_s=config.keep_alive_s,
@@ -143,12 +142,22 @@ async def serve(
     # Hypercorn hands back what it was given; the URLs are made here, for addresses that a client can use.
     urls = [format_url(sock) for sock in listening]
     await serve_app(
-        create_app(broker),
+        create_app(broker, loopback_only=not config.open),
         hypercorn_config(settings),
         listening,
         shutdown_trigger=wait_drained,
         task_status=_Translated(task_status, urls),
     )
+
+
+def _warn_of_open(broker: Broker, host: str) -> None:
+    if broker.is_open:
+        logger.warning(
+            "the broker is open: there are no API keys, and whoever reaches %s may use, replace and delete every model",
+            host or "this machine",
+        )
+    else:
+        logger.warning("there are API keys, so the broker is not open, whatever it was told: every call needs one")
 
 
 def _close(sockets: Iterable[socket.socket]) -> None:

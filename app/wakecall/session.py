@@ -58,6 +58,7 @@ class Channel:
     Attributes:
         session_id: whose it is.
         epoch: which of the session's channels it is; it grows.
+        key_id: the key that opened it; None: none was needed.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Channel:
         epoch: int,
         config: BrokerConfig,
         *,
+        key_id: str | None = None,
         on_disconnect: Callable[[Channel], None],
         on_overflow: Callable[[Channel], None],
         on_room: Callable[[Channel], None],
@@ -73,6 +75,7 @@ class Channel:
         self.session: Final = session
         self.session_id: Final = session.record.session_id
         self.epoch: Final = epoch
+        self.key_id: Final = key_id
         self.tasks: dict[str, Infer | Wake] = {}  # sent on it and not over
         self.deadlines: Final = Deadlines()
         self.scope = trio.CancelScope()

@@ -27,6 +27,7 @@ from .models import InferRequest
 
 if TYPE_CHECKING:
     from .directory import Row
+    from .keyring import Claim
     from .session import Channel
     from .upload import Upload
 
@@ -65,6 +66,7 @@ class Infer:
         "_idle_s",
         "accepted_at",
         "channel",
+        "claim",
         "content_type",
         "deadline",
         "done",
@@ -109,6 +111,7 @@ class Infer:
         self.total_until = now + config.total_s
         self.deadline: Deadline | None = None
         self.channel: Channel | None = None
+        self.claim: Claim | None = None
         self.sent_at = math.inf
         self.first_byte_at: float | None = None
         self.last_byte_at = now

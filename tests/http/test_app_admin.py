@@ -154,9 +154,3 @@ async def test_a_sweep_reports_what_it_did(served: Served) -> None:
     await served.register("laptop", {"name": "qwen"})
     answer = await served.ask("POST", "/admin/v1/sweep")
     assert (answer.status, answer.json) == (200, {"inactivated": [], "deleted": []})
-
-
-async def test_there_are_no_keys_yet(served: Served) -> None:
-    for method in ("GET", "POST"):
-        answer = await served.ask(method, "/admin/v1/keys")
-        assert (answer.status, answer.code) == (404, "not_found")

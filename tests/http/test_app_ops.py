@@ -128,7 +128,7 @@ async def test_an_unknown_path_is_404_in_the_same_shape(served: Served, target: 
         ("GET", "/v1/messages", {"POST", "OPTIONS"}),
         ("POST", "/v1/models", {"GET", "HEAD", "OPTIONS"}),
         ("POST", "/publisher/v1/sessions/x", {"PUT", "DELETE", "OPTIONS"}),
-        ("PATCH", "/admin/v1/llms/a/b", {"GET", "HEAD", "PUT", "DELETE", "OPTIONS"}),
+        ("POST", "/admin/v1/llms/a/b", {"GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"}),
         ("DELETE", "/healthz", {"GET", "HEAD", "OPTIONS"}),
     ],
 )
@@ -199,7 +199,7 @@ async def test_a_bug_of_ours_is_500_and_tells_nothing(
 ) -> None:
     """Neither to the peer nor, of what the peer sent, to the log."""
 
-    def broken(self: Broker, name: str, request: Any) -> Any:
+    def broken(self: Broker, name: str, request: Any, **_: Any) -> Any:
         raise RuntimeError(request.body)
 
     monkeypatch.setattr(Broker, "infer_nowait", broken)

@@ -1,4 +1,4 @@
-"""Where a broker without keys listens: on this machine's loopback, and nowhere else."""
+"""Where a broker listens: without keys on this machine's loopback, and nowhere else unless it is told to."""
 
 from __future__ import annotations
 
@@ -8,14 +8,60 @@ from typing import Any
 import pytest
 import trio
 
-from wakecall import open_broker
-from wakecall.serving import NotLoopback, ServeConfig, serve
+from tests.http.wire import Answer, Wire, request_bytes
+from wakecall import Broker, open_broker
+from wakecall.serving import KeysRequired, ServeConfig, serve
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::", "", "example.org"])
-def test_a_host_that_others_can_reach_is_refused(host: str) -> None:
-    with pytest.raises(NotLoopback, match="no API keys yet"):
-        ServeConfig(host=host)
+async def test_without_keys_a_host_that_others_can_reach_is_refused(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is bound."""
+    monkeypatch.setattr("wakecall.serving.bind", None)
+    async with open_broker() as broker:
+        with pytest.raises(KeysRequired, match="there are no API keys"), trio.fail_after(5):
+            await serve(broker, ServeConfig(host=host, port=0))
+
+
+async def test_with_keys_it_listens_anywhere() -> None:
+    """And answers to any `Host`, for whoever has a key."""
+    async with open_broker() as broker:
+        key = (await broker.create_key("admin")).secret
+        for presented, status in ((None, 401), (key, 200)):
+            answer = await ask_once(broker, ServeConfig(host="0.0.0.0", port=0), presented)
+            assert answer.status == status
+
+
+async def test_an_open_one_listens_anywhere_if_it_is_told_to_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """`open` overrides the refusal, and a warning comes with each start."""
+    async with open_broker() as broker:
+        for _ in range(2):
+            caplog.clear()
+            config = ServeConfig(host="0.0.0.0", port=0, open=True)
+            assert (await ask_once(broker, config, None)).status == 200
+            (record,) = [each for each in caplog.records if each.levelname == "WARNING"]
+            assert "whoever reaches 0.0.0.0 may use, replace and delete every model" in record.getMessage()
+
+
+async def test_open_does_not_open_a_broker_that_has_keys(caplog: pytest.LogCaptureFixture) -> None:
+    async with open_broker() as broker:
+        await broker.create_key("admin")
+        config = ServeConfig(host="0.0.0.0", port=0, open=True)
+        assert (await ask_once(broker, config, None)).status == 401
+    assert "every call needs one" in caplog.text
+
+
+async def ask_once(broker: Broker, config: ServeConfig, key: str | None) -> Answer:
+    """Serve, ask for the models' list by a foreign name, and stop serving."""
+    with trio.fail_after(10):
+        async with trio.open_nursery() as serving:
+            (url,) = await serving.start(serve, broker, config)
+            wire = Wire(await trio.open_tcp_stream("127.0.0.1", int(url.rpartition(":")[2])))
+            headers = () if key is None else (f"authorization: Bearer {key}",)
+            await wire.send(request_bytes("GET", "/admin/v1/llms", *headers, host="llm.example.org"))
+            answer = await wire.read_answer()
+            await wire.stream.aclose()
+            serving.cancel_scope.cancel()
+    return answer
 
 
 async def test_a_loopback_name_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +79,7 @@ async def test_a_loopback_name_that_leads_elsewhere_is_refused(monkeypatch: pyte
     async with open_broker() as broker:
         monkeypatch.setattr("wakecall.http.sockets.socket.getaddrinfo", resolve)
         monkeypatch.setattr("wakecall.http.sockets.socket.socket", opening)
-        with pytest.raises(NotLoopback, match=r"odd\.localhost \(0\.0\.0\.0\)"), trio.fail_after(5):
+        with pytest.raises(KeysRequired, match=r"odd\.localhost \(0\.0\.0\.0\)"), trio.fail_after(5):
             await serve(broker, ServeConfig(host="odd.localhost", port=0))
         monkeypatch.undo()
     assert [each.fileno() for each in opened] == [-1]

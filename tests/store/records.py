@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from wakecall.models import LLM, Batch, Kind, SessionRecord, Status
+from wakecall.keys import ROLES
+from wakecall.models import LLM, Batch, Key, Kind, SessionRecord, Status
 from wakecall.store import MemoryStore, Store
 from wakecall.store.sqlite import open_sqlite_store
 
@@ -51,9 +52,25 @@ def session(session_id: str = "laptop", **changes: object) -> SessionRecord:
     return SessionRecord(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def batch_of(rows: Iterable[LLM] = (), sessions: Iterable[SessionRecord] = ()) -> Batch:
+def key(key_id: str = "key_1", **changes: object) -> Key:
+    """A client's key, except as said; no two ids have one digest."""
+    values: dict[str, object] = {
+        "key_id": key_id,
+        "role": "client",
+        "owner": "local",
+        "digest": f"digest of {key_id}",
+        "created_at": 1000.0,
+    }
+    return Key(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def batch_of(rows: Iterable[LLM] = (), sessions: Iterable[SessionRecord] = (), keys: Iterable[Key] = ()) -> Batch:
     """A batch that writes these and deletes nothing."""
-    return Batch({each.name: each for each in rows}, {each.session_id: each for each in sessions})
+    return Batch(
+        {each.name: each for each in rows},
+        {each.session_id: each for each in sessions},
+        {each.key_id: each for each in keys},
+    )
 
 
 def database_in(folder: Path) -> Path:
@@ -100,10 +117,25 @@ SESSION_FIELDS = {
     "agent_name": texts,
     "agent_version": texts,
     "unused_since": st.none() | instants,
+    "key_id": st.none() | texts,
+}
+KEY_FIELDS = {
+    "key_id": texts,
+    "role": st.sampled_from(ROLES),
+    "owner": texts,
+    "digest": texts,
+    "created_at": instants,
+    "name": texts,
+    "expires_at": st.none() | instants,
+    "llms": st.none() | st.lists(texts, max_size=3).map(tuple),
+    "rpm": st.none() | counts,
+    "max_in_flight": st.none() | counts,
 }
 llms = st.builds(LLM, **LLM_FIELDS)
 sessions = st.builds(SessionRecord, **SESSION_FIELDS)
 tables = st.lists(llms, max_size=12, unique_by=lambda x: x.name)
+keys = st.builds(Key, **KEY_FIELDS)
+key_tables = st.lists(keys, max_size=6, unique_by=(lambda x: x.key_id, lambda x: x.digest))
 session_tables = st.lists(sessions, max_size=12, unique_by=lambda x: x.session_id)
 
 # Few keys, so that batches meet.
@@ -115,5 +147,8 @@ batches = st.builds(
     ),
     st.dictionaries(_keys, st.none() | sessions).map(
         lambda d: {key: value and session(key, epoch=value.epoch) for key, value in d.items()}
+    ),
+    st.dictionaries(_keys, st.none() | keys).map(
+        lambda d: {key_id: value and key(key_id, name=value.name, llms=value.llms) for key_id, value in d.items()}
     ),
 )

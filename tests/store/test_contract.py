@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.store.records import (
+    KEY_FIELDS,
     LLM_FIELDS,
     OPENERS,
     SESSION_FIELDS,
@@ -21,13 +22,15 @@ from tests.store.records import (
     batches,
     database_in,
     instants,
+    key,
+    key_tables,
     llm,
     session,
     session_tables,
     tables,
     texts,
 )
-from wakecall.models import LLM, Batch, Kind, SessionRecord, Snapshot, Status
+from wakecall.models import LLM, Batch, Key, Kind, SessionRecord, Snapshot, Status
 from wakecall.store import Store
 from wakecall.sweep import decide
 
@@ -58,6 +61,7 @@ def test_the_strategies_cover_every_field() -> None:
     """A field that somebody adds is a field that these tests write and read."""
     assert set(LLM_FIELDS) == {each.name for each in fields(LLM)}
     assert set(SESSION_FIELDS) == {each.name for each in fields(SessionRecord)}
+    assert set(KEY_FIELDS) == {each.name for each in fields(Key)}
 
 
 async def test_a_new_store_is_empty(open_store: OpenStore, tmp_path: Path) -> None:
@@ -70,19 +74,20 @@ async def test_a_new_store_is_empty(open_store: OpenStore, tmp_path: Path) -> No
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=tables, sessions=session_tables)
-@example(rows=[], sessions=[])
+@given(rows=tables, sessions=session_tables, keys=key_tables)
+@example(rows=[], sessions=[], keys=[])
 @pytest.mark.parametrize("open_store", OPENERS.values(), ids=OPENERS.keys())
 def test_what_was_written_is_loaded_to_the_last_bit(
-    open_store: OpenStore, rows: list[LLM], sessions: list[SessionRecord]
+    open_store: OpenStore, rows: list[LLM], sessions: list[SessionRecord], keys: list[Key]
 ) -> None:
-    """Every field comes back as it was, type and all; rows by name, sessions by id."""
+    """Every field comes back as it was, type and all; rows by name, sessions and keys by id."""
 
     async def use(store: Store) -> None:
-        await store.write(batch_of(rows, sessions))
+        await store.write(batch_of(rows, sessions, keys))
         loaded = await store.load()
         assert loaded.llms == tuple(sorted(rows, key=lambda x: x.name))
         assert loaded.sessions == tuple(sorted(sessions, key=lambda x: x.session_id))
+        assert loaded.keys == tuple(sorted(keys, key=lambda x: x.key_id))
         for row in loaded.llms:
             assert type(row.status) is Status
             assert type(row.kind) is Kind
@@ -94,19 +99,22 @@ def test_what_was_written_is_loaded_to_the_last_bit(
 @settings(max_examples=60, deadline=None)
 @given(steps=st.lists(batches, max_size=6))
 @pytest.mark.parametrize("open_store", OPENERS.values(), ids=OPENERS.keys())
-def test_the_last_state_of_each_row_and_session_stands(open_store: OpenStore, steps: list[Batch]) -> None:
+def test_the_last_state_of_each_row_session_and_key_stands(open_store: OpenStore, steps: list[Batch]) -> None:
     """Batches apply in their order; None deletes; what a batch does not name stays."""
 
     async def use(store: Store) -> None:
         rows: dict[str, LLM | None] = {}
         sessions: dict[str, SessionRecord | None] = {}
+        keys: dict[str, Key | None] = {}
         for batch in steps:
             await store.write(batch)
             rows |= batch.llms
             sessions |= batch.sessions
+            keys |= batch.keys
             loaded = await store.load()
             assert loaded.llms == tuple(rows[key] for key in sorted(rows) if rows[key])
             assert loaded.sessions == tuple(sessions[key] for key in sorted(sessions) if sessions[key])
+            assert loaded.keys == tuple(keys[key] for key in sorted(keys) if keys[key])
 
     in_new_store(open_store, use)
 
@@ -114,14 +122,21 @@ def test_the_last_state_of_each_row_and_session_stands(open_store: OpenStore, st
 async def test_a_batch_that_is_written_again_changes_nothing(open_store: OpenStore, tmp_path: Path) -> None:
     """The writer repeats a batch whose commit it did not hear of."""
     async with open_store(database_in(tmp_path)) as store:
-        await store.write(batch_of([llm("gone"), llm("kept")], [session("gone"), session("kept")]))
-        batch = Batch({"gone": None, "never": None, "new": llm("new")}, {"gone": None, "new": session("new")})
+        await store.write(
+            batch_of([llm("gone"), llm("kept")], [session("gone"), session("kept")], [key("gone"), key("kept")])
+        )
+        batch = Batch(
+            {"gone": None, "never": None, "new": llm("new")},
+            {"gone": None, "new": session("new")},
+            {"gone": None, "new": key("new")},
+        )
         await store.write(batch)
         once = await store.load()
         await store.write(batch)
         assert await store.load() == once
         assert names(once.llms) == ["kept", "new"]
         assert [each.session_id for each in once.sessions] == ["kept", "new"]
+        assert [each.key_id for each in once.keys] == ["kept", "new"]
 
 
 async def test_an_empty_batch_is_fine(open_store: OpenStore, tmp_path: Path) -> None:

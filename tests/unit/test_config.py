@@ -40,6 +40,7 @@ DEFAULTS: dict[str, float] = {
     "max_waiting_per_llm": 1000,
     "max_waiting": 10_000,
     "max_settled_per_session": 1000,
+    "max_keys": 10_000,
     "max_readers_per_reply": 64,
 }
 NAMES = [each.name for each in fields(BrokerConfig)]

@@ -29,13 +29,14 @@ class Layer(NamedTuple):
 # A module belongs to the first layer that names it; "@" is the package's own `__init__`.
 LAYERS = {
     # Decisions and data: no Trio, no I/O, no clock.
-    "pure": Layer("lifecycle placement sweep frames models errors config addresses", "", ""),
+    "pure": Layer("lifecycle placement sweep frames models errors config addresses keys limits", "", ""),
     # SQL stands in one place; what everybody else sees is the protocol in store/base.py.
     "sqlite": Layer("store.sqlite store.migrations", "pure store", "trio sqlite_utils"),
     "store": Layer("store store.*", "pure", "trio"),
     # Trio, but neither HTTP nor SQL nor a socket.
     "broker": Layer(
-        "broker session wake task channel directory dispatch journal local registry upload views bytestream deadlines",
+        "broker session wake task channel directory dispatch journal local registry access keyring upload views"
+        " bytestream deadlines",
         "pure store",
         "trio",
     ),
@@ -59,7 +60,10 @@ LAYERS = {
 }
 
 # The only standard modules of the pure layer.
-PURE_STDLIB = "__future__ collections dataclasses enum functools ipaddress itertools json math re string types typing"
+PURE_STDLIB = (
+    "__future__ base64 collections dataclasses enum functools hashlib ipaddress itertools json math re string"
+    " types typing"
+)
 
 # Standard modules that are not for everyone, and the layers that may have them.
 RESERVED_STDLIB = {

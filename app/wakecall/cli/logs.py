@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
-from ..models import ChannelEvent, Event, InferSettled, SessionEvent, WakeSettled
+from ..models import ChannelEvent, Event, InferSettled, KeyEvent, SessionEvent, WakeSettled
 from .common import printable, wants_color
 
 __all__ = ["configure_logging", "log_broker_event", "log_event"]
@@ -62,6 +62,7 @@ def log_broker_event(event: Event) -> None:
                 "first_byte_s": None if event.first_byte_s is None else round(event.first_byte_s, 3),
                 "engine_status": event.engine_status,
                 "task_id": event.task_id,
+                "key_id": event.key_id,
             }
             log_event(_events, level, "infer", fields)
         case WakeSettled():
@@ -77,6 +78,9 @@ def log_broker_event(event: Event) -> None:
         case SessionEvent():
             fields = {"event": event.event, "session_id": event.session_id, "llms": event.llms}
             log_event(_events, logging.INFO, f"session_{fields.pop('event')}", fields)
+        case KeyEvent():
+            fields = {"key_id": event.key_id, "role": event.role, "owner": event.owner}
+            log_event(_events, logging.INFO, f"key_{event.event}", fields)
         case ChannelEvent():
             fields = {"session_id": event.session_id, "epoch": event.epoch}
             if event.event == "ended":

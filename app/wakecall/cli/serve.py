@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
@@ -16,7 +17,7 @@ import trio
 
 from ..broker import Broker, open_broker
 from ..config import BrokerConfig
-from ..serving import CannotBind, NotLoopback, ServeConfig, Stop, serve
+from ..serving import CannotBind, KeysRequired, ServeConfig, Stop, serve
 from ..store import StoreError
 from ..store.sqlite import open_sqlite_store
 from . import VERBS
@@ -53,7 +54,12 @@ def _setting_options(command: F) -> F:
 
 
 @click.command("serve", cls=SectionedCommand, short_help=VERBS["serve"])
-@option("--host", envvar="WAKECALL_HOST", default="127.0.0.1", help="Where to listen: this machine only, for now.")
+@option(
+    "--host",
+    envvar="WAKECALL_HOST",
+    default="127.0.0.1",
+    help="Where to listen. Where others can reach it there must be a key: see `wakecall keys`.",
+)
 @option("--port", envvar="WAKECALL_PORT", type=click.IntRange(0, 65535), default=8080, help="0 takes a free one.")
 @option(
     "--db",
@@ -63,9 +69,16 @@ def _setting_options(command: F) -> F:
     show_default="wakecall.db in your state directory",
     help=f"The SQLite file in which rows and sessions outlive the broker; {_IN_MEMORY} for none.",
 )
+@option(
+    "--open",
+    "is_open",
+    envvar="WAKECALL_OPEN",
+    is_flag=True,
+    help="Listen without keys wherever that is: whoever reaches it may use, replace and delete every model.",
+)
 @log_options
 @_setting_options
-def command(host: str, port: int, db: str, log_level: str, log_format: str, **settings: Any) -> None:
+def command(host: str, port: int, db: str, is_open: bool, log_level: str, log_format: str, **settings: Any) -> None:
     """Run a broker: one OpenAI-compatible address for all that publishers publish on it.
 
     The address is printed on stdout as soon as it can be called; what happens then is told on stderr, one line each.
@@ -75,10 +88,7 @@ def command(host: str, port: int, db: str, log_level: str, log_format: str, **se
         config = BrokerConfig(**settings)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    try:
-        where = ServeConfig(host=host, port=port)
-    except NotLoopback as error:
-        raise ConfigurationError(str(error)) from error
+    where = ServeConfig(host=host, port=port, open=is_open)
     configure_logging(log_level, log_format)
     _raise_descriptor_limit()
     try:
@@ -87,15 +97,15 @@ def command(host: str, port: int, db: str, log_level: str, log_format: str, **se
         # Not 78: a port that is taken now may be free in a moment.
         hint = "" if port == 0 else " Give it another --port, or --port 0 for a free one."
         raise click.ClickException(f"{error.strerror or error}.{hint}") from error
-    except NotLoopback as error:
-        raise ConfigurationError(str(error)) from error
+    except KeysRequired as error:
+        raise ConfigurationError(f"{_sentence(error)} {_first_key_of(db)}, or listen on 127.0.0.1.") from error
     except StoreError as error:
         raise click.ClickException(str(error)) from error
 
 
 async def _run(where: ServeConfig, config: BrokerConfig, db: str) -> None:
     stop = Stop()
-    failure: CannotBind | NotLoopback | None = None
+    failure: CannotBind | KeysRequired | None = None
 
     def on_signal(_: int) -> None:
         if stop.requested:
@@ -109,12 +119,23 @@ async def _run(where: ServeConfig, config: BrokerConfig, db: str) -> None:
         async with trio.open_nursery() as nursery:
             try:
                 urls = await nursery.start(partial(serve, broker, where, stop=stop))
-            except (CannotBind, NotLoopback) as error:
+            except (CannotBind, KeysRequired) as error:
                 failure = error
             else:
                 click.echo(f"Wakecall listens on {' and '.join(urls)}")
     if failure is not None:
         raise failure
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _first_key_of(db: str) -> str:
+    if db == _IN_MEMORY:
+        return f"Keys are kept in the file that --db names, and {_IN_MEMORY} is none: name one"
+    return f"Make the first with `wakecall keys create admin --db {shlex.quote(db)}`"
 
 
 @asynccontextmanager

@@ -11,8 +11,8 @@ import msgspec
 from quart import Quart
 
 from ..broker import Broker
-from ..errors import InvalidRequest
-from ..models import LLMView, SessionView, TaskView, is_llm_name
+from ..errors import Forbidden, InvalidRequest
+from ..models import KeyView, LLMView, Role, SessionView, TaskView, is_llm_name
 from .answers import Answer, json_answer, no_content
 from .calls import begin, read_json
 
@@ -30,20 +30,34 @@ class _PublicLLM(msgspec.Struct, frozen=True):
     key_env: str | None = None
 
 
+class _NewOwner(msgspec.Struct, frozen=True):
+    owner: str
+
+
+class _NewKey(msgspec.Struct, frozen=True):
+    role: Role
+    name: str | None = None
+    owner: str | None = None
+    llms: list[str] | None = None
+    rpm: int | None = None
+    max_in_flight: int | None = None
+    expires_in_s: float | None = None
+
+
 def add_admin_routes(app: Quart, broker: Broker) -> None:
     """Put the routes of operators into `app`."""
     config = broker.config
 
     async def list_llms() -> Answer:
-        begin("admin")
+        begin(broker, "admin")
         return json_answer({"data": [_llm(view) for view in broker.llm_views()]})
 
     async def get_llm(name: str) -> Answer:
-        begin("admin")
+        begin(broker, "admin")
         return json_answer(_llm(broker.llm_view(name)))
 
     async def put_llm(name: str) -> Answer:
-        call = begin("admin")
+        call = begin(broker, "admin")
         said = await read_json(call, _PublicLLM, config.max_body_bytes)
         if not is_llm_name(name):
             raise InvalidRequest("This is no valid name for a model.", param="name")
@@ -59,25 +73,66 @@ def add_admin_routes(app: Quart, broker: Broker) -> None:
         return json_answer(_llm(view))
 
     async def delete_llm(name: str) -> Answer:
-        begin("admin")
+        begin(broker, "admin")
         await broker.delete_llm(name)
         return no_content()
 
     async def list_sessions() -> Answer:
-        begin("admin")
+        begin(broker, "admin")
         return json_answer({"data": [_session(view) for view in broker.session_views()]})
 
     async def evict(session_id: str) -> Answer:
-        begin("admin")
+        begin(broker, "admin")
         await broker.evict(session_id)
         return no_content()
 
+    async def change_session(session_id: str) -> Answer:
+        call = begin(broker, "admin")
+        said = await read_json(call, _NewOwner, config.max_body_bytes)
+        return json_answer(_session(await broker.hand_over_session(session_id, said.owner)))
+
+    async def change_llm(name: str) -> Answer:
+        call = begin(broker, "admin")
+        said = await read_json(call, _NewOwner, config.max_body_bytes)
+        return json_answer(_llm(await broker.hand_over_llm(name, said.owner)))
+
+    async def list_keys() -> Answer:
+        begin(broker, "admin")
+        return json_answer({"data": [_key(view) for view in broker.key_views()]})
+
+    async def create_key() -> Answer:
+        call = begin(broker, "admin")
+        said = await read_json(call, _NewKey, config.max_body_bytes)
+        if broker.is_open and said.role != "admin":
+            raise Forbidden(
+                "With this key the broker is open no more. Make one of role admin first, to operate it with."
+            )
+        made = await broker.create_key(
+            said.role,
+            name=said.name or "",
+            owner=said.owner,
+            llms=said.llms,
+            rpm=said.rpm,
+            max_in_flight=said.max_in_flight,
+            expires_in_s=said.expires_in_s,
+        )
+        view = KeyView(made.key, 0, expired=False)
+        return json_answer({**_key(view), "key": made.secret}, 201, {"Cache-Control": "no-store"})
+
+    async def revoke_key(key_id: str) -> Answer:
+        begin(broker, "admin")
+        others = [view for view in broker.key_views() if view.key.key_id != key_id]
+        if not any(view.key.role == "admin" and not view.expired for view in others) and not broker.is_open:
+            raise Forbidden("This is the last key of role admin. Make another one first, and use that.")
+        await broker.revoke_key(key_id)
+        return no_content()
+
     async def list_tasks() -> Answer:
-        begin("admin")
+        begin(broker, "admin")
         return json_answer({"data": [_task(view) for view in broker.task_views()]})
 
     async def sweep() -> Answer:
-        begin("admin")
+        begin(broker, "admin")
         report = await broker.sweep()
         return json_answer({"inactivated": report.inactivated, "deleted": report.deleted})
 
@@ -87,6 +142,11 @@ def add_admin_routes(app: Quart, broker: Broker) -> None:
     app.add_url_rule(_LLM_PATH, "delete_llm", delete_llm, methods=["DELETE"])
     app.add_url_rule("/admin/v1/sessions", "list_sessions", list_sessions)
     app.add_url_rule("/admin/v1/sessions/<session_id>", "evict", evict, methods=["DELETE"])
+    app.add_url_rule("/admin/v1/sessions/<session_id>", "change_session", change_session, methods=["PATCH"])
+    app.add_url_rule(_LLM_PATH, "change_llm", change_llm, methods=["PATCH"])
+    app.add_url_rule("/admin/v1/keys", "list_keys", list_keys)
+    app.add_url_rule("/admin/v1/keys", "create_key", create_key, methods=["POST"])
+    app.add_url_rule("/admin/v1/keys/<key_id>", "revoke_key", revoke_key, methods=["DELETE"])
     app.add_url_rule("/admin/v1/tasks", "list_tasks", list_tasks)
     app.add_url_rule("/admin/v1/sweep", "sweep", sweep, methods=["POST"])
 
@@ -135,6 +195,23 @@ def _session(view: SessionView) -> dict[str, Any]:
         "agent": {"name": record.agent_name, "version": record.agent_version},
         "llms": view.llms,
         "last_heartbeat_at": _instant(record.last_heartbeat_at),
+    }
+
+
+def _key(view: KeyView) -> dict[str, Any]:
+    key = view.key
+    return {
+        "id": key.key_id,
+        "role": key.role,
+        "owner": key.owner,
+        "name": key.name,
+        "llms": key.llms,
+        "rpm": key.rpm,
+        "max_in_flight": key.max_in_flight,
+        "created_at": _instant(key.created_at),
+        "expires_at": _instant(key.expires_at),
+        "expired": view.expired,
+        "in_flight": view.in_flight,
     }
 
 

@@ -104,7 +104,10 @@ def no_content() -> Answer:
 
 def error_answer(error: WakecallError, path: str, headers: Mapping[str, str] | None = None) -> Answer:
     """The answer to a request at `path` that ended in `error`."""
-    return json_answer(error_document(error, path), error.status, {**(headers or {}), **retry_headers(error)})
+    said = {**(headers or {}), **retry_headers(error)}
+    if error.status == 401:
+        said["WWW-Authenticate"] = "Bearer"  # RFC 9110, 15.5.2: a 401 says how
+    return json_answer(error_document(error, path), error.status, said)
 
 
 def stream_answer(

@@ -35,10 +35,12 @@ def create_app(broker: Broker, *, loopback_only: bool = True) -> QuartTrio:
 
     Args:
         broker: from `open_broker`; its config bounds the bodies.
-        loopback_only: refuse a `Host` or an `Origin` that is not this machine's loopback (403). False only behind a
-            server of your own that decides who may call: without keys every caller may do everything.
+        loopback_only: while the broker has no keys, refuse a `Host` or an `Origin` that is not this machine's loopback
+            (403). False only behind a server of your own that decides who may call: without keys every caller may do
+            everything.
     """
     app = _App(__name__, static_folder=None, template_folder=None)
+    app.broker = broker
     app.loopback_only = loopback_only
     app.debug = False  # Quart would take it from the environment, and show every traceback to the peer
     app.config.update(
@@ -97,11 +99,12 @@ class _App(QuartTrio):
     asgi_http_class = _Connection
     response_class = Answer
     session_interface = _NoSessions()  # type: ignore[assignment]
+    broker: Broker
     loopback_only = True
 
     async def handle_request(self, request: Request) -> Response | WerkzeugResponse:
         try:
-            if self.loopback_only:
+            if self.loopback_only and self.broker.is_open:
                 host = request.headers.get("host")
                 if not host and request.http_version == "1.0":
                     host = None  # old probes send none, and Quart makes that an empty one

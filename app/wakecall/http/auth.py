@@ -1,49 +1,77 @@
-"""Who is calling. One place: what a key may do is looked up here, and nowhere else.
+"""Who is calling. One place: whether a request may pass is decided here, and nowhere else.
 
-There are no keys yet: the broker is *open*, everyone is the owner `local` and may do everything. What keeps the rest of the
-world out is that it listens on loopback only. A web page in the user's own browser could still reach it, so a request that
-names a foreign host (DNS rebinding) or comes from a foreign origin is refused before anything looks at it.
+A broker that has keys knows its callers by them. One that has none is *open*: everyone is the owner `local` and may do
+everything. What keeps the rest of the world out then is that it listens on loopback only. A web page in the user's own
+browser could still reach it, so a request that names a foreign host (DNS rebinding) or comes from a foreign origin is
+refused before anything looks at it.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from quart import Request
+from werkzeug.datastructures import Headers
 
-from ..errors import Forbidden
-from ..models import LOCAL_OWNER
+from ..broker import Broker
+from ..errors import Forbidden, InternalError, InvalidApiKey, WakecallError
+from ..keyring import Caller
+from ..models import Role
+from .faults import stacks_of
 from .sockets import is_loopback
 
-__all__ = ["Principal", "Role", "authenticate", "refuse_foreign"]
+__all__ = ["authenticate", "refuse_foreign"]
 
-Role = Literal["client", "publisher", "admin"]
+logger = logging.getLogger("wakecall.server")
 
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _ORIGIN: Final = re.compile(r"https?://(.+)", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """A caller: whose sessions, names and tasks are his, and which paths he may use."""
+def authenticate(broker: Broker, request: Request, role: Role) -> Caller:
+    """The caller of a request, who may do what this role does.
 
-    owner: str
-    roles: frozenset[Role]
-
-
-_EVERYONE: Final = Principal(LOCAL_OWNER, frozenset({"client", "publisher", "admin"}))
-
-
-def authenticate(request: Request) -> Principal:
-    """The caller of a request.
+    Args:
+        broker: who knows the keys.
+        request: Quart's.
+        role: which the path is for.
 
     Raises:
-        InvalidApiKey: a key is required, and this is none.
+        InvalidApiKey: a key is required, and this is none that opens anything.
+        Forbidden: it is another role's.
+        InternalError: something of ours went wrong: nobody passes for that (503).
     """
-    return _EVERYONE
+    try:
+        caller = broker.authenticate(_presented(request.headers))
+    except WakecallError:
+        raise
+    except Exception as error:
+        logger.error("a key could not be checked: %s", stacks_of(error))
+        raise InternalError("The broker cannot check API keys.", status=503) from None
+    if role not in caller.roles:
+        raise Forbidden(f"This path takes a key of role {role}.")
+    return caller
+
+
+def _presented(headers: Headers) -> str | None:
+    """The key that a request presents, in either way or in both (protocol.md, Conventions).
+
+    Raises:
+        InvalidApiKey: it presents two, and they are not the same.
+    """
+    presented = {key.strip() for key in headers.getlist("x-api-key")}
+    for value in headers.getlist("authorization"):
+        scheme, _, key = value.strip().partition(" ")
+        # Another scheme is a proxy's between: its password is none of our keys.
+        if scheme.lower() == "bearer":
+            presented.add(key.strip())
+    presented.discard("")
+    if len(presented) > 1:
+        raise InvalidApiKey("The request presents two different API keys.")
+    return presented.pop() if presented else None
 
 
 def refuse_foreign(host: str | None, origins: Iterable[str]) -> None:

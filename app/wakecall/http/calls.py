@@ -9,8 +9,11 @@ from typing import Any, Final, TypeVar
 import trio
 from quart import Request, request
 
-from ..errors import Forbidden, InvalidRequest, UnsupportedEncoding
-from .auth import Role, authenticate
+from ..broker import Broker
+from ..errors import InvalidRequest, UnsupportedEncoding
+from ..keyring import Caller
+from ..models import Role
+from .auth import authenticate
 from .guard import Exchange, current_exchange_of
 from .parsing import decode
 
@@ -32,26 +35,28 @@ class Call:
     Args:
         request: Quart's.
         exchange: its body and its end.
-        owner: whose sessions, names and tasks it may speak of.
+        caller: whose it is.
     """
 
     request: Request
     exchange: Exchange
-    owner: str
+    caller: Caller
+
+    @property
+    def owner(self) -> str:
+        """Whose sessions, names and tasks it may speak of."""
+        return self.caller.owner
 
 
-def begin(role: Role) -> Call:
-    """The request that is being handled, its caller known and allowed here.
+def begin(broker: Broker, role: Role) -> Call:
+    """The request that is being handled, its caller known and allowed here. Every route begins with it.
 
     Raises:
-        InvalidApiKey, Forbidden: he is not.
+        InvalidApiKey, Forbidden, InternalError: he is not.
     """
     current: Request = request._get_current_object()  # type: ignore[attr-defined]  # the proxy costs at each access
-    principal = authenticate(current)
-    if role not in principal.roles:
-        raise Forbidden
     scope: Any = current.scope
-    return Call(current, current_exchange_of(scope), principal.owner)
+    return Call(current, current_exchange_of(scope), authenticate(broker, current, role))
 
 
 def one_header(call: Call, name: str) -> str | None:

@@ -7,10 +7,12 @@ from typing import Any, Final
 from quart import Quart
 
 from ..broker import Broker
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, RateLimitExceeded
+from ..keyring import Claim
 from ..models import LLM, InferRequest
 from .answers import Answer, StreamBody, json_answer
-from .calls import begin, look_into, refuse_encoded
+from .calls import Call, begin, look_into, refuse_encoded
+from .errors import rate_headers
 from .relay import pass_on
 from .sniff import sniff
 
@@ -40,24 +42,26 @@ def add_client_routes(app: Quart, broker: Broker) -> None:
     config = broker.config
 
     async def relay() -> Answer:
-        call = begin("client")
+        call = begin(broker, "client")
         refuse_encoded(call)
-        body = await call.exchange.read_body(config.max_body_bytes)
-        headers = call.request.headers
-        content_type = _short(headers.get("content-type"), "Content-Type") or "application/json"
-        asked = await look_into(body, lambda body: sniff(body, content_type))
         path = call.request.path
-        infer = broker.infer_nowait(
-            asked.model,
-            InferRequest(
-                path=path,
-                body=body,
-                content_type=content_type,
-                accept=_short(headers.get("accept"), "Accept"),
-                stream=asked.stream,
-                request_id=call.exchange.request_id,
-            ),
-        )
+        with _claim(broker, call) as claim:
+            body = await call.exchange.read_body(config.max_body_bytes)
+            headers = call.request.headers
+            content_type = _short(headers.get("content-type"), "Content-Type") or "application/json"
+            asked = await look_into(body, lambda body: sniff(body, content_type))
+            infer = broker.infer_nowait(
+                asked.model,
+                InferRequest(
+                    path=path,
+                    body=body,
+                    content_type=content_type,
+                    accept=_short(headers.get("accept"), "Accept"),
+                    stream=asked.stream,
+                    request_id=call.exchange.request_id,
+                ),
+                claim=claim,
+            )
         # From here on this infer has to be cancelled by whoever holds it: first us, then the answer's body.
         call.exchange.on_disconnect(infer.cancel)
         answer = None
@@ -69,17 +73,34 @@ def add_client_routes(app: Quart, broker: Broker) -> None:
         return answer
 
     async def list_models() -> Answer:
-        begin("client")
-        return json_answer({"object": "list", "data": [_describe(llm) for llm in broker.llms()]})
+        caller = begin(broker, "client").caller
+        return json_answer({"object": "list", "data": [_describe(llm) for llm in broker.llms(caller)]})
 
     async def get_model(name: str) -> Answer:
-        begin("client")
-        return json_answer(_describe(broker.llm(name)))
+        caller = begin(broker, "client").caller
+        return json_answer(_describe(broker.llm(name, caller)))
 
     for path in RELAYED:
         app.add_url_rule(path, "relay", relay, methods=["POST"])
     app.add_url_rule("/v1/models", "list_models", list_models)
     app.add_url_rule("/v1/models/<path:name>", "get_model", get_model)
+
+
+def _claim(broker: Broker, call: Call) -> Claim:
+    """Begin a call on its caller's account, before its body is read: bodies cost too. The answer says how his rate stands.
+
+    Raises:
+        RateLimitExceeded: his key allows no more now.
+    """
+    try:
+        claim = broker.claim(call.caller)
+    except RateLimitExceeded as error:
+        if error.rate is not None:
+            call.exchange.add_headers(rate_headers(error.rate))
+        raise
+    if claim.rate is not None:
+        call.exchange.add_headers(rate_headers(claim.rate))
+    return claim
 
 
 def _short(value: str | None, header: str) -> str | None:

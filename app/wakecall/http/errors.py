@@ -25,6 +25,7 @@ from ..errors import (
     UnsupportedEncoding,
     WakecallError,
 )
+from ..limits import RateState
 
 __all__ = [
     "describe",
@@ -32,6 +33,7 @@ __all__ = [
     "error_document",
     "error_event",
     "from_http_exception",
+    "rate_headers",
     "retry_headers",
     "type_of_status",
 ]
@@ -81,6 +83,24 @@ def retry_headers(error: WakecallError) -> dict[str, str]:
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     return headers
+
+
+def rate_headers(rate: RateState) -> list[tuple[bytes, bytes]]:
+    """How a key's rate stands, as OpenAI's API says it (its reference, "Rate limits in headers")."""
+    return [
+        (b"x-ratelimit-limit-requests", b"%d" % rate.limit),
+        (b"x-ratelimit-remaining-requests", b"%d" % rate.remaining),
+        (b"x-ratelimit-reset-requests", _duration(rate.reset_s).encode("ascii")),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    """`6m0s`, `1.5s`, `20ms`: as Go writes durations, and so OpenAI."""
+    milliseconds = math.ceil(seconds * 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes}m{rest / 1000:g}s" if minutes else f"{rest / 1000:g}s"
 
 
 def error_event(inner: dict[str, Any], path: str, sequence_number: int) -> bytes:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Protocol
@@ -125,6 +125,7 @@ class Exchange:
         self._request_id = self._connection.request_id if self._connection else pick_request_id(headers)
         self._declared_bytes, self._expects_continue = _framing_of(headers)
 
+        self._added_headers: list[tuple[bytes, bytes]] = []
         self._told_app = False
         self._pieces: deque[bytes] = deque()
         self._complete = False
@@ -213,6 +214,10 @@ class Exchange:
         self._reading = True
         return BodyStream(self)
 
+    def add_headers(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Have these in the answer, whoever makes it. Names in lower case; after the head has gone out they are not."""
+        self._added_headers += headers
+
     def on_disconnect(self, callback: Callable[[], None]) -> None:
         """Have `callback` called once if the peer leaves before the answer's last message, at that moment.
 
@@ -281,6 +286,7 @@ class Exchange:
                 self._drop_body()
             headers = [pair for pair in message.get("headers", ()) if pair[0].lower() not in _MARKS]
             headers += marks_of(self._path, self._request_id)
+            headers += self._added_headers
             message = {**message, "headers": headers}
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             if message.get("body"):

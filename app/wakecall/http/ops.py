@@ -8,6 +8,7 @@ from quart import Quart, request
 from ..broker import Broker
 from ..errors import ShuttingDown, StoreUnavailable, WakecallError
 from .answers import Answer, json_answer
+from .calls import begin
 from .errors import error_document, retry_headers
 from .metrics import Metrics
 
@@ -17,7 +18,7 @@ _ABOUT = """Wakecall: virtual LLMs behind one OpenAI-compatible address.
 
 clients      /v1/models, /v1/chat/completions, ...
 publishers   /publisher/v1/sessions/...
-operators    /admin/v1/llms, /admin/v1/sessions, /admin/v1/tasks
+operators    /admin/v1/llms, /admin/v1/sessions, /admin/v1/tasks, /admin/v1/keys
 state        /healthz, /readyz, /metrics
 """
 
@@ -47,6 +48,7 @@ def add_ops_routes(app: Quart, broker: Broker) -> None:
         return json_answer(document, 503, retry_headers(failures[0]))
 
     async def show_metrics() -> Answer:
+        begin(broker, "admin")  # they name every model
         return Answer(metrics.render(), content_type=CONTENT_TYPE_LATEST)
 
     app.add_url_rule("/", "index", index)

@@ -11,7 +11,7 @@ from quart import Quart
 
 from ..broker import Broker
 from ..config import BrokerConfig
-from ..errors import InvalidRequest, TaskCancelled, TooMany, WakecallError
+from ..errors import Forbidden, InvalidRequest, TaskCancelled, TooMany, WakecallError
 from ..models import LLMSpec, Status, is_id
 from ..upload import Upload
 from .answers import PIECE_BYTES, Answer, StreamBody, json_answer, no_content, stream_answer
@@ -67,22 +67,26 @@ def add_publisher_routes(app: Quart, broker: Broker) -> None:
     config = broker.config
 
     async def register(session_id: str) -> Answer:
-        call = begin("publisher")
+        call = begin(broker, "publisher")
         said = await read_json(call, _Register, config.max_body_bytes)
         if len(said.llms) > config.max_llms_per_session:
             raise TooMany(f"A session has at most {config.max_llms_per_session} models.", param="llms")
         agent = said.agent or _Agent()
+        for index, llm in enumerate(said.llms):
+            if not call.caller.may_use(llm.name):
+                raise Forbidden("This key does not publish under this name.", param=f"llms[{index}].name")
         registered = await broker.register(
             session_id,
             [_spec(llm, f"llms[{index}]", config) for index, llm in enumerate(said.llms)],
             owner=call.owner,
             agent_name=_bounded(agent.name, "agent.name", config) or "",
             agent_version=_bounded(agent.version, "agent.version", config) or "",
+            key_id=call.caller.key_id,
         )
         return json_answer(registered)
 
     async def heartbeat(session_id: str) -> Answer:
-        call = begin("publisher")
+        call = begin(broker, "publisher")
         said = await read_json(call, _Heartbeat, config.max_body_bytes)
         statuses = {}
         for name, status in (said.llms or {}).items():
@@ -98,36 +102,36 @@ def add_publisher_routes(app: Quart, broker: Broker) -> None:
         return json_answer(await broker.heartbeat(session_id, statuses, tasks, owner=call.owner))
 
     async def goodbye(session_id: str) -> Answer:
-        call = begin("publisher")
+        call = begin(broker, "publisher")
         await broker.goodbye(session_id, owner=call.owner)
         return no_content()
 
     async def frames(session_id: str) -> Answer:
-        call = begin("publisher")
-        channel = broker.open_channel_nowait(session_id, owner=call.owner)
+        call = begin(broker, "publisher")
+        channel = broker.open_channel_nowait(session_id, owner=call.owner, key_id=call.caller.key_id)
         call.exchange.on_disconnect(channel.disconnect)
         call.exchange.on_progress(channel.note_progress)
         return stream_answer(FramesBody(channel, config.keepalive_s), "text/event-stream")
 
     async def get_body(task_id: str) -> Answer:
-        call = begin("publisher")
+        call = begin(broker, "publisher")
         request = broker.task_request(task_id, owner=call.owner)
         answer = stream_answer(_TaskBody(broker, call, task_id, len(request.body)), request.content_type)
         answer.headers["Content-Length"] = str(len(request.body))
         return answer
 
     async def post_result(task_id: str) -> Answer:
-        call = begin("publisher")
+        call = begin(broker, "publisher")
         await _take(call, _open_upload(broker, call, task_id, final=True))
         return json_answer({"outcome": "completed"})
 
     async def post_chunk(task_id: str) -> Answer:
-        call = begin("publisher")
+        call = begin(broker, "publisher")
         await _take(call, _open_upload(broker, call, task_id, final=False))
         return json_answer({"outcome": "taken"})
 
     async def post_failure(task_id: str) -> Answer:
-        call = begin("publisher")
+        call = begin(broker, "publisher")
         said = await read_json(call, _Failure, config.max_body_bytes)
         broker.fail(
             task_id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..models import LLM, Batch, Kind, SessionRecord, Snapshot, Status
+from ..models import LLM, Batch, Key, Kind, SessionRecord, Snapshot, Status
 
 __all__ = ["MemoryStore", "Store", "StoreError"]
 
@@ -17,7 +17,7 @@ class Store(Protocol):
     """What the broker needs of a store. Each method raises `StoreError` and nothing else."""
 
     async def load(self) -> Snapshot:
-        """All rows, by name, and all sessions, by id."""
+        """All rows, by name, and all sessions and keys, by id."""
 
     async def write(self, batch: Batch) -> None:
         """Commit a batch whole; when it returns, the batch outlives the process."""
@@ -41,11 +41,13 @@ class MemoryStore:
     def __init__(self) -> None:
         self._llms: dict[str, LLM] = {}
         self._sessions: dict[str, SessionRecord] = {}
+        self._keys: dict[str, Key] = {}
 
     async def load(self) -> Snapshot:
         return Snapshot(
             tuple(self._llms[name] for name in sorted(self._llms)),
             tuple(self._sessions[session_id] for session_id in sorted(self._sessions)),
+            tuple(self._keys[key_id] for key_id in sorted(self._keys)),
         )
 
     async def write(self, batch: Batch) -> None:
@@ -59,6 +61,11 @@ class MemoryStore:
                 self._sessions.pop(session_id, None)
             else:
                 self._sessions[session_id] = session
+        for key_id, key in batch.keys.items():
+            if key is None:
+                self._keys.pop(key_id, None)
+            else:
+                self._keys[key_id] = key
 
     async def rows_of_session(self, session_id: str) -> tuple[LLM, ...]:
         return tuple(sorted((x for x in self._llms.values() if x.session_id == session_id), key=lambda x: x.name))

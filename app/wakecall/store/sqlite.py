@@ -17,6 +17,7 @@ file at any time.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import sqlite3
 import stat
@@ -32,7 +33,8 @@ import trio
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-from ..models import LLM, Batch, Kind, SessionRecord, Snapshot, Status
+from ..keys import ROLES
+from ..models import LLM, Batch, Key, Kind, SessionRecord, Snapshot, Status
 from .base import StoreError
 
 __all__ = ["SqliteStore", "open_sqlite_store"]
@@ -103,12 +105,35 @@ def _llms_and_sessions(db: Database) -> None:
     )
 
 
+@_migrations(name="0002_keys")
+def _keys_table(db: Database) -> None:
+    db.execute("ALTER TABLE sessions ADD COLUMN key_id TEXT")
+    # `llms` is a JSON list of patterns. A digest that stood here twice would be two keys that are one.
+    db.execute(
+        """
+        CREATE TABLE keys (
+            key_id TEXT NOT NULL PRIMARY KEY,
+            role TEXT NOT NULL,
+            owner TEXT NOT NULL,
+            digest TEXT NOT NULL UNIQUE,
+            created_at REAL NOT NULL,
+            name TEXT NOT NULL,
+            expires_at REAL,
+            llms TEXT,
+            rpm INTEGER,
+            max_in_flight INTEGER
+        ) WITHOUT ROWID
+        """
+    )
+
+
 # All of them are still to be applied to an empty database.
 with closing(Database(sqlite3.connect(":memory:"), execute_plugins=False)) as _empty:
     _KNOWN: Final = frozenset(each.name for each in _migrations.pending(_empty))
 
 _LLM_COLUMNS: Final = tuple(each.name for each in fields(LLM))
 _SESSION_COLUMNS: Final = tuple(each.name for each in fields(SessionRecord))
+_KEY_COLUMNS: Final = tuple(each.name for each in fields(Key))
 
 
 def _upsert(table: str, columns: tuple[str, ...]) -> str:
@@ -122,12 +147,15 @@ def _upsert(table: str, columns: tuple[str, ...]) -> str:
 
 _PUT_LLM: Final = _upsert("llms", _LLM_COLUMNS)
 _PUT_SESSION: Final = _upsert("sessions", _SESSION_COLUMNS)
+_PUT_KEY: Final = _upsert("keys", _KEY_COLUMNS)
 _DROP_LLM: Final = "DELETE FROM llms WHERE name = ?"
 _DROP_SESSION: Final = "DELETE FROM sessions WHERE session_id = ?"
+_DROP_KEY: Final = "DELETE FROM keys WHERE key_id = ?"
 
 _SELECT_LLMS: Final = f"SELECT {', '.join(_LLM_COLUMNS)} FROM llms"  # noqa: S608
 _LOAD_LLMS: Final = f"{_SELECT_LLMS} ORDER BY name"
 _LOAD_SESSIONS: Final = f"SELECT {', '.join(_SESSION_COLUMNS)} FROM sessions ORDER BY session_id"  # noqa: S608
+_LOAD_KEYS: Final = f"SELECT {', '.join(_KEY_COLUMNS)} FROM keys ORDER BY key_id"  # noqa: S608
 _OF_SESSION: Final = f"{_SELECT_LLMS} WHERE session_id = ? ORDER BY name"
 # The conditions stand here word for word as in the partial indexes: SQLite takes those only where it sees the same.
 _STALE: Final = (
@@ -159,6 +187,23 @@ def _llms(rows: sqlite3.Cursor) -> tuple[LLM, ...]:
     return tuple(found)
 
 
+def _keys(rows: sqlite3.Cursor) -> tuple[Key, ...]:
+    found = []
+    for row in rows.fetchall():
+        values = dict(zip(_KEY_COLUMNS, row, strict=True))
+        if values["role"] not in ROLES:
+            raise ValueError(f"a key has the role {values['role']!r}, which is none")
+        if values["llms"] is not None:
+            values["llms"] = tuple(json.loads(values["llms"]))
+        found.append(Key(**values))
+    return tuple(found)
+
+
+def _key_values(key: Key) -> tuple[object, ...]:
+    patterns = None if key.llms is None else json.dumps(key.llms)
+    return tuple(patterns if name == "llms" else getattr(key, name) for name in _KEY_COLUMNS)
+
+
 # The store ----------------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +230,7 @@ class SqliteStore:
         return self
 
     async def load(self) -> Snapshot:
-        """All rows by name, all sessions by id."""
+        """All rows by name, all sessions and keys by id."""
         return await self._run("read", self._load)
 
     async def write(self, batch: Batch) -> None:
@@ -225,11 +270,12 @@ class SqliteStore:
     # What follows runs in the worker thread.
 
     def _load(self) -> Snapshot:
-        # Both reads from one transaction: they are one state.
+        # All reads from one transaction: they are one state.
         with _transaction(self._db, "BEGIN"):
             llms = _llms(self._db.execute(_LOAD_LLMS))
             sessions = tuple(SessionRecord(*row) for row in self._db.execute(_LOAD_SESSIONS))
-        return Snapshot(llms, sessions)
+            keys = _keys(self._db.execute(_LOAD_KEYS))
+        return Snapshot(llms, sessions, keys)
 
     def _query(self, sql: str, argument: str | float) -> tuple[LLM, ...]:
         return _llms(self._db.execute(sql, (argument,)))
@@ -239,6 +285,8 @@ class SqliteStore:
         drop_llms = [(name,) for name, llm in batch.llms.items() if llm is None]
         put_sessions = [_session_values(session) for session in batch.sessions.values() if session is not None]
         drop_sessions = [(session_id,) for session_id, session in batch.sessions.items() if session is None]
+        put_keys = [_key_values(key) for key in batch.keys.values() if key is not None]
+        drop_keys = [(key_id,) for key_id, key in batch.keys.items() if key is None]
         # IMMEDIATE: whoever else is writing is waited for here, before anything is done. A deferred transaction that
         # has read would fail at its first write, without waiting.
         with _transaction(self._db, "BEGIN IMMEDIATE"):
@@ -247,6 +295,8 @@ class SqliteStore:
             connection.executemany(_PUT_LLM, put_llms)
             connection.executemany(_DROP_SESSION, drop_sessions)
             connection.executemany(_PUT_SESSION, put_sessions)
+            connection.executemany(_DROP_KEY, drop_keys)
+            connection.executemany(_PUT_KEY, put_keys)
 
     def _close(self) -> None:
         if self._closed:
