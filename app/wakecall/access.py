@@ -17,7 +17,7 @@ import trio
 from .deadlines import Deadline
 from .directory import Directory
 from .dispatch import Dispatcher
-from .errors import InvalidRequest, ModelNotFound, NotFound, SessionNotFound, StoreUnavailable, TooMany
+from .errors import InvalidRequest, ModelNotFound, ModelOffline, NotFound, SessionNotFound, StoreUnavailable, TooMany
 from .keyring import Caller, is_expired
 from .keys import ENTROPY_BYTES, MAX_PATTERNS, ROLES, digest_of, format_key, is_owner, is_pattern
 from .lifecycle import RowEvent
@@ -46,6 +46,12 @@ class Access:
         """Once the directory is loaded: watch the keys that will expire, and end what those that did have left."""
         for caller in list(self._directory.keyring.callers.values()):
             self._watch(caller)
+
+    def close(self) -> None:
+        """The broker closes: nobody watches any more."""
+        for caller in self._directory.keyring.callers.values():
+            if caller.expiry is not None:
+                self._directory.waiting_deadlines.disarm(caller.expiry)
 
     def create_nowait(
         self,
@@ -159,7 +165,7 @@ class Access:
             self._check_room_for(1, owner)
             if row.wake is not None:
                 # It was asked of a publisher whose row this no longer is.
-                self._dispatcher.settle_wake(row.wake, "lost", ModelNotFound(), cancel="client_disconnected")
+                self._dispatcher.settle_wake(row.wake, "lost", ModelOffline(), cancel="client_disconnected")
             self._dispatcher.step(row, RowEvent.WITHDRAWN)
             directory.detach_row(row)
         directory.hand_over_row(row, owner)

@@ -611,6 +611,7 @@ async def open_broker(store: Store | None = None, config: BrokerConfig | None = 
             body_error = error  # raised as it is, outside the nursery, which would put it into a group
         finally:
             channels = broker._end_all()
+            broker._access.close()
             # Both are short: joining awaits nobody outside, and the commit has its limit.
             with trio.move_on_after(_LAST_COMMIT_S, shield=True):
                 for channel in channels:

@@ -68,6 +68,7 @@ class FakePublisher:
         session_id: as whom.
         llms: names, or specs where more is to be said.
         owner: of the session.
+        key_id: the key that it comes with.
         connect: False: register only.
 
     Attributes:
@@ -82,11 +83,13 @@ class FakePublisher:
         llms: Sequence[str | LLMSpec],
         *,
         owner: str = "local",
+        key_id: str | None = None,
         connect: bool = True,
     ) -> None:
         self.broker = broker
         self.session_id = session_id
         self.owner = owner
+        self.key_id = key_id
         self.llms = [LLMSpec(llm) if isinstance(llm, str) else llm for llm in llms]
         self.frames: list[Frame] = []
         self.channel: Channel | None = None
@@ -97,7 +100,7 @@ class FakePublisher:
         self._nursery: trio.Nursery | None = None
 
     async def __aenter__(self) -> FakePublisher:
-        await self.broker.register(self.session_id, self.llms, owner=self.owner)
+        await self.register(self.llms)
         await self._stack.__aenter__()
         self._nursery = await self._stack.enter_async_context(trio.open_nursery())
         if self._connect:
@@ -125,7 +128,7 @@ class FakePublisher:
     async def register(self, llms: Sequence[str | LLMSpec]) -> Registered:
         """Register again, these rows and no others."""
         self.llms = [LLMSpec(llm) if isinstance(llm, str) else llm for llm in llms]
-        return await self.broker.register(self.session_id, self.llms, owner=self.owner)
+        return await self.broker.register(self.session_id, self.llms, owner=self.owner, key_id=self.key_id)
 
     async def heartbeat(
         self, statuses: Mapping[str, Status] | None = None, tasks: Sequence[str] = ()
@@ -181,7 +184,7 @@ class FakePublisher:
         self.broker.fail(frame.data["task_id"], message, status=status, owner=self.owner)
 
     async def _hold_channel(self, task_status: trio.TaskStatus[Channel]) -> None:
-        async with self.broker.open_channel(self.session_id, owner=self.owner) as channel:
+        async with self.broker.open_channel(self.session_id, owner=self.owner, key_id=self.key_id) as channel:
             async for frame in channel:
                 self.frames.append(frame)
                 news, self._news = self._news, trio.Event()

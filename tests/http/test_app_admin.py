@@ -35,6 +35,7 @@ async def test_a_model_is_shown_with_its_work(served: Served) -> None:
                 "model": "qwen:7b",
                 "status": "active",
                 "session_id": "laptop",
+                "owner": "local",
                 "inactive_since": None,
                 "max_concurrency": 1,
                 "in_flight": 1,

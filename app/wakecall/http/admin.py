@@ -175,6 +175,7 @@ def _llm(view: LLMView) -> dict[str, Any]:
         "model": llm.model,
         "status": llm.status,
         "session_id": llm.session_id,
+        "owner": llm.owner,
         "last_heartbeat_at": _instant(llm.last_heartbeat_at),
         "inactive_since": _instant(llm.inactive_since),
         "max_concurrency": llm.max_concurrency,
