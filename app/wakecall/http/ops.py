@@ -48,7 +48,7 @@ def add_ops_routes(app: Quart, broker: Broker) -> None:
         return json_answer(document, 503, retry_headers(failures[0]))
 
     async def show_metrics() -> Answer:
-        begin(broker, "admin")  # they name every model
+        begin(broker, "admin")  # how busy it is, is its operator's business
         return Answer(metrics.render(), content_type=CONTENT_TYPE_LATEST)
 
     app.add_url_rule("/", "index", index)
