@@ -23,6 +23,7 @@ from .config import BrokerConfig
 from .directory import Directory, Row
 from .dispatch import Dispatcher
 from .errors import InvalidRequest, ModelNotFound, NotFound, SessionNotFound, ShuttingDown, StoreUnavailable
+from .faults import stacks_of
 from .journal import Journal
 from .keyring import Caller, Claim
 from .local import Handler, WakeHandler, publish
@@ -102,8 +103,8 @@ class Broker:
         def told(event: Event) -> None:
             try:
                 observer(event)
-            except Exception:
-                logger.exception("an observer failed")
+            except Exception as error:
+                logger.error("an observer failed: %s", stacks_of(error))
 
         self._directory.observers.append(told)
 
@@ -576,8 +577,8 @@ class Broker:
             await trio.sleep(self.config.sweep_interval_s)
             try:
                 self._registry.sweep_nowait()  # a store that hangs must not keep dead rows alive
-            except Exception:
-                logger.exception("a sweep failed")
+            except Exception as error:
+                logger.error("a sweep failed: %s", stacks_of(error))
 
     def _find_row(self, name: str) -> Row:
         row = self._directory.rows.get(name)

@@ -15,6 +15,7 @@ import math
 import trio
 
 from .errors import StoreUnavailable
+from .faults import stacks_of
 from .models import LLM, Batch, Key, SessionRecord
 from .store.base import Store, StoreError
 
@@ -141,7 +142,7 @@ class Journal:
             # Not a store's to raise; but it is no reason for all who are served to be dropped.
             error = StoreError(f"the store raised {type(failure).__name__}")
             if self._last_went_well:
-                logger.exception("the store failed in a way that a store must not")
+                logger.error("the store failed in a way that a store must not: %s", stacks_of(failure))
         finally:
             self._writing_since = math.inf
             # However it ended, a cancelled write included: nobody waits on for a commit that will not come.

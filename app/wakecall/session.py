@@ -24,6 +24,7 @@ import trio
 from . import frames
 from .config import BrokerConfig
 from .deadlines import Deadline, Deadlines
+from .faults import stacks_of
 from .frames import ByeReason, CancelReason, Frame
 from .models import SessionRecord
 
@@ -257,8 +258,8 @@ async def run_session(channel: Channel, before: Channel | None, on_current: Call
             on_current(channel)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channel.deadlines.run)
-    except Exception:
-        logger.exception("session %s: epoch %d failed", channel.session_id, channel.epoch)
+    except Exception as error:
+        logger.error("session %s: epoch %d failed: %s", channel.session_id, channel.epoch, stacks_of(error))
         channel.disconnect()
     finally:
         channel.joined.set()

@@ -29,7 +29,7 @@ class Layer(NamedTuple):
 # A module belongs to the first layer that names it; "@" is the package's own `__init__`.
 LAYERS = {
     # Decisions and data: no Trio, no I/O, no clock.
-    "pure": Layer("lifecycle placement sweep frames models errors config addresses keys limits", "", ""),
+    "pure": Layer("lifecycle placement sweep frames models errors config addresses keys limits faults", "", ""),
     # SQL stands in one place; what everybody else sees is the protocol in store/base.py.
     "sqlite": Layer("store.sqlite store.migrations", "pure store", "trio sqlite_utils"),
     "store": Layer("store store.*", "pure", "trio"),
@@ -62,7 +62,7 @@ LAYERS = {
 # The only standard modules of the pure layer.
 PURE_STDLIB = (
     "__future__ base64 collections dataclasses enum functools hashlib ipaddress itertools json math re string"
-    " types typing"
+    " traceback types typing"
 )
 
 # Standard modules that are not for everyone, and the layers that may have them.

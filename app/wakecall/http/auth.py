@@ -18,9 +18,9 @@ from werkzeug.datastructures import Headers
 
 from ..broker import Broker
 from ..errors import Forbidden, InternalError, InvalidApiKey, WakecallError
+from ..faults import stacks_of
 from ..keyring import Caller
 from ..models import Role
-from .faults import stacks_of
 from .sockets import is_loopback
 
 __all__ = ["authenticate", "refuse_foreign"]

@@ -32,7 +32,7 @@ from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
 from ..errors import RequestTimeout, Unavailable
-from .faults import place_of
+from ..faults import place_of
 from .protocol import AppTasks, Http11
 from .refusal import error_body, error_headers, pick_request_id
 from .transport import PeerStream

@@ -27,8 +27,8 @@ from typing import Any, Protocol
 import trio
 
 from ..errors import InternalError, RequestTimeout, RequestTooLarge
+from ..faults import leaves_of, stacks_of
 from .budget import BodyBudget
-from .faults import leaves_of, stacks_of
 from .refusal import error_body, error_headers, marks_of, pick_request_id
 
 __all__ = ["BodyBudget", "BodyStream", "ClientGone", "Exchange", "Guard", "GuardSettings", "current_exchange_of"]

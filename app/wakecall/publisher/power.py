@@ -20,6 +20,7 @@ from pathlib import Path
 
 import trio
 
+from ..faults import stacks_of
 from .config import AnnouncedStatus, PublisherConfig
 from .engine import Engine
 from .events import (
@@ -186,7 +187,7 @@ class Power:
         except CommandFailed as error:
             run.error = str(error)
         except Exception as error:
-            logger.exception("a wake failed in the publisher itself")
+            logger.error("a wake failed in the publisher itself: %s", stacks_of(error))
             run.error = f"the publisher failed: {type(error).__name__}"
         finally:
             self._wake = None

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import trio
 
+from ..faults import stacks_of
 from .config import PublisherConfig
 from .engine import Engine, EngineAnswer, EngineFailed, EngineRefused
 from .events import InferFinished, InferOutcome, InferStarted, PublisherEvent
@@ -141,7 +142,7 @@ class Relay:
             # If the request never reached the broker, only this tells it that no answer will come.
             await self.report(BrokerLost(f"the upload of the answer broke off ({error})"))
         except Exception as error:
-            logger.exception("an infer failed in the publisher itself")
+            logger.error("an infer failed in the publisher itself: %s", stacks_of(error))
             await self.report(RuntimeError(f"the publisher failed: {type(error).__name__}"))
         else:
             return "cancelled" if self._cancelled else "completed"
