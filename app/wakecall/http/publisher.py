@@ -12,7 +12,7 @@ from quart import Quart
 from ..broker import Broker
 from ..config import BrokerConfig
 from ..errors import Forbidden, InvalidRequest, TaskCancelled, TooMany, WakecallError
-from ..models import LLMSpec, Status, is_id
+from ..models import LLMSpec, Status, is_id, is_llm_name
 from ..upload import Upload
 from .answers import PIECE_BYTES, Answer, StreamBody, json_answer, no_content, stream_answer
 from .calls import Call, begin, one_header, read_json, refuse_encoded
@@ -91,7 +91,9 @@ def add_publisher_routes(app: Quart, broker: Broker) -> None:
         statuses = {}
         for name, status in (said.llms or {}).items():
             if status not in ("active", "hibernating"):
-                raise InvalidRequest("A status is active or hibernating.", param=f"llms.{name[:128]}")
+                # What is no name is not quoted: it may be anything that the peer has.
+                param = f"llms.{name}" if is_llm_name(name) else "llms"
+                raise InvalidRequest("A status is active or hibernating.", param=param)
             statuses[name] = Status(status)
         tasks = said.tasks or []
         if len(tasks) > config.max_heartbeat_tasks:
