@@ -6,7 +6,6 @@ import base64
 import json
 
 import pytest
-
 from tests.sentinel import leaks_of, new_sentinel
 
 SECRET = new_sentinel("prompt")
