@@ -14,7 +14,7 @@ from functools import partial
 
 import trio
 
-from .load import Connection, connect, post, run_callers, run_publisher
+from .load import Connection, connect, post, run_callers, run_publisher, with_key
 from .server import EVENTS
 
 CHAT = {"model": "bench", "messages": [{"role": "user", "content": "z" * 330}]}
@@ -26,15 +26,15 @@ HEARTBEAT = post("/publisher/v1/sessions/beat-%d/heartbeat", b"{}")
 
 
 @contextmanager
-def server(kind: str, core: int | None) -> Iterator[int]:
-    """A server in a process of its own, on a core of its own where there are two. Yields its port."""
+def server(kind: str, core: int | None) -> Iterator[list[str]]:
+    """A server in a process of its own, on a core of its own where there are two. Yields its port and keys."""
     command = [sys.executable, "-m", "tests.benchmarks.server", kind]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         if core is not None:
             os.sched_setaffinity(process.pid, {core})
         assert process.stdout is not None
-        yield int(process.stdout.readline())
+        yield process.stdout.readline().split()
     finally:
         process.terminate()
         process.wait()
@@ -74,7 +74,9 @@ async def heartbeats(port: int, seconds: float) -> float:
     return done / took
 
 
-async def one_round(floor: int, broker: int, seconds: float) -> dict[str, tuple[float, float]]:
+async def one_round(
+    floor: int, broker: int, keyed: tuple[int, str, str], seconds: float
+) -> dict[str, tuple[float, float]]:
     """Floor and broker in turn, so that both see the same machine."""
     found = {}
     async with trio.open_nursery() as nursery:
@@ -85,6 +87,13 @@ async def one_round(floor: int, broker: int, seconds: float) -> dict[str, tuple[
                 await plain(floor, FLOOR_PLAIN, callers, seconds),
                 await plain(broker, PLAIN, callers, seconds),
             )
+        port, client, publisher = keyed
+        await nursery.start(partial(run_publisher, port, 64, publisher))
+        name = "plain infers, 32 callers, with keys and limits, requests/s"
+        found[name] = (
+            await plain(floor, FLOOR_PLAIN, 32, seconds),
+            await plain(port, with_key(PLAIN, client), 32, seconds),
+        )
         found["64 streams, events/s"] = (
             await streams(floor, FLOOR_STREAM, seconds),
             await streams(broker, STREAM, seconds),
@@ -105,11 +114,13 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     apart = len(cores) > 1
     with ExitStack() as stack:
-        floor = stack.enter_context(server("floor", cores[0] if apart else None))
-        broker = stack.enter_context(server("wakecall", cores[0] if apart else None))
+        floor, broker, keyed = (
+            stack.enter_context(server(kind, cores[0] if apart else None)) for kind in ("floor", "wakecall", "keyed")
+        )
+        ports = int(floor[0]), int(broker[0]), (int(keyed[0]), keyed[1], keyed[2])
         if apart:
             os.sched_setaffinity(0, set(cores[1:]))
-        rounds = [trio.run(one_round, floor, broker, options.seconds) for _ in range(options.rounds)]
+        rounds = [trio.run(one_round, *ports, options.seconds) for _ in range(options.rounds)]
     print("| what | floor | Wakecall | ratio (median) | min | max |\n| --- | --- | --- | --- | --- | --- |")
     for name in rounds[0]:
         pairs = [each[name] for each in rounds]

@@ -18,6 +18,12 @@ def post(path: str, body: bytes, headers: bytes = b"Content-Type: application/js
     return b"POST %b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n%b" % (path.encode(), _HOST, headers, len(body), body)
 
 
+def with_key(request: bytes, key: str | None) -> bytes:
+    """The same request, from the holder of a key."""
+    line, _, rest = request.partition(b"\r\n")
+    return request if key is None else b"%b\r\nAuthorization: Bearer %b\r\n%b" % (line, key.encode(), rest)
+
+
 class Connection:
     """One keep-alive connection. Answers are read by their length, or chunked; nothing else is understood."""
 
@@ -96,36 +102,39 @@ async def connect(port: int) -> AsyncIterator[Connection]:
         yield Connection(stream)
 
 
-async def run_publisher(port: int, connections: int, *, task_status: trio.TaskStatus[None]) -> None:
+async def run_publisher(
+    port: int, connections: int, key: str | None = None, *, task_status: trio.TaskStatus[None]
+) -> None:
     """A publisher of `bench` that answers each infer with a constant, one result POST each, over kept connections."""
     async with connect(port) as control, trio.open_nursery() as nursery:
         async with connect(port) as registration:
             spec = json.dumps({"llms": [{"name": "bench"}]}).encode()
-            await registration.ask(post("/publisher/v1/sessions/bench", spec).replace(b"POST", b"PUT", 1))
+            register = post("/publisher/v1/sessions/bench", spec).replace(b"POST", b"PUT", 1)
+            await registration.ask(with_key(register, key))
         send, receive = trio.open_memory_channel[dict[str, object]](10_000)
         for _ in range(connections):
-            nursery.start_soon(_answer, port, receive.clone())
+            nursery.start_soon(_answer, port, receive.clone(), key)
         request = b"GET /publisher/v1/sessions/bench/frames HTTP/1.1\r\n%b\r\n" % _HOST
-        async for data in control.events(request):
+        async for data in control.events(with_key(request, key)):
             if "epoch" in data:
                 task_status.started()
             elif "path" in data:
                 await send.send(data)
 
 
-async def _answer(port: int, frames: trio.MemoryReceiveChannel[dict[str, object]]) -> None:
+async def _answer(port: int, frames: trio.MemoryReceiveChannel[dict[str, object]], key: str | None) -> None:
     chunk = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
     async with connect(port) as connection:
         async for data in frames:
             path = f"/publisher/v1/tasks/{data['task_id']}/result"
             if data["stream"]:
                 headers = b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
-                await connection.send(b"POST %b HTTP/1.1\r\n%b%b\r\n" % (path.encode(), _HOST, headers))
+                await connection.send(with_key(b"POST %b HTTP/1.1\r\n%b%b\r\n" % (path.encode(), _HOST, headers), key))
                 for _ in range(EVENTS):
                     await connection.send(chunk)
                 await connection.ask(b"0\r\n\r\n")
             else:
-                await connection.ask(post(path, ANSWER))
+                await connection.ask(with_key(post(path, ANSWER), key))
 
 
 async def run_callers(

@@ -1,4 +1,6 @@
-"""The servers that are measured, each in a process of its own: `python -m tests.benchmarks.server floor|wakecall`.
+"""The servers that are measured, each in a process of its own: `python -m tests.benchmarks.server floor|wakecall|keyed`.
+
+Each prints its port; `keyed`, which is `wakecall` with keys and limits, also a client's and a publisher's key.
 
 The floor is a bare ASGI app behind the same barrier: it reads the request, then answers as many bytes as we do.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,7 @@ async def serve_floor() -> None:
     await serve_app(floor, hypercorn_config(), listening)
 
 
-async def serve_wakecall() -> None:
+async def serve_wakecall(*, keyed: bool = False) -> None:
     with tempfile.TemporaryDirectory() as folder:
         async with (
             open_sqlite_store(Path(folder) / "bench.db") as store,
@@ -54,8 +57,14 @@ async def serve_wakecall() -> None:
             trio.open_nursery() as nursery,
         ):
             urls = await nursery.start(serve, broker, ServeConfig(port=0))
-            print(urls[0].rsplit(":", 1)[1], flush=True)
+            secrets = []
+            if keyed:
+                client = await broker.create_key("client", llms=["bench*"], rpm=1_000_000, max_in_flight=1000)
+                secrets = [client.secret, (await broker.create_key("publisher")).secret]
+            print(urls[0].rsplit(":", 1)[1], *secrets, flush=True)
 
 
 if __name__ == "__main__":
-    trio.run({"floor": serve_floor, "wakecall": serve_wakecall}[sys.argv[1]])
+    trio.run(
+        {"floor": serve_floor, "wakecall": serve_wakecall, "keyed": partial(serve_wakecall, keyed=True)}[sys.argv[1]]
+    )

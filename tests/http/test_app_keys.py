@@ -122,12 +122,16 @@ async def everything(broker: Broker) -> Any:
     ],
 )
 async def test_every_route_is_401_without_a_key_but_for_a_short_list(keyed: Keyed, presented: tuple[str, ...]) -> None:
-    """Walked through the app's own map, so that a route which somebody adds is one that this test tries."""
+    """Walked through the app's own map, so that a route which somebody adds is one that this test tries. (OPTIONS says which
+    methods a path takes, to everybody, and no more.)"""
     walked = set()
     before = await everything(keyed.served.broker)
     for method, target in routes(keyed.served.app):
         answer = await keyed.served.ask(method, target, *presented, JSON, host=FOREIGN_HOST)
         walked.add(target)
+        options = await keyed.served.ask("OPTIONS", target, *presented, host=FOREIGN_HOST)
+        assert (options.status, options.body) == (200, b"")
+        assert method in options.headers["allow"]
         if target in PUBLIC:
             assert answer.status == 200, (method, target)
             continue
