@@ -30,6 +30,9 @@ __all__ = ["PATHS_FOR_PROBES", "AppTasks", "Http11", "Inbox", "objection_to"]
 #: Where HTTP/1.0 is good enough: old load balancers probe with it.
 PATHS_FOR_PROBES = frozenset({b"/healthz", b"/readyz", b"/metrics"})
 
+#: How many chunks of a body are joined before the loop has its turn again.
+_MOST_JOINED = 1000
+
 #: What is remembered of a head that is not understood, and what it asked for.
 _MAX_HEAD_SHOWN = 4096
 _TARGET = re.compile(rb"[A-Z-]{1,32} (/[!-~]*?)[ ?#]")
@@ -289,13 +292,29 @@ class Http11(H11Protocol):
 
     async def _handle_events(self) -> None:
         self.paused = False
+        # Chunks that arrived together go on together: six bytes make one, and one by one each would cost the app a turn. No
+        # more than was read at a time ever gathers here.
+        body, joined = bytearray(), 0
         while True:
+            objection = None
             try:
                 event = self.connection.next_event()
             except h11.RemoteProtocolError as error:
+                objection = error
+            else:
+                if isinstance(event, h11.Data):
+                    body += event.data
+                    joined += 1
+                    if joined < _MOST_JOINED:
+                        continue
+            if body and self.stream is not None:
+                await self.stream.handle(Body(stream_id=STREAM_ID, data=bytes(body)))
+                body.clear()
+                joined = 0
+            if objection is not None:
                 if not self._path and (target := _TARGET.match(self._head)):
                     self._path = target[1].decode("ascii")
-                await self.refuse(_as_error(error))
+                await self.refuse(_as_error(objection))
                 return
             if isinstance(event, h11.Request):
                 await self.send(Updated(idle=False))
@@ -305,8 +324,6 @@ class Http11(H11Protocol):
                 return
             elif event is h11.NEED_DATA or isinstance(event, h11.ConnectionClosed) or self.stream is None:
                 return
-            elif isinstance(event, h11.Data):
-                await self.stream.handle(Body(stream_id=STREAM_ID, data=bytes(event.data)))
             elif isinstance(event, h11.EndOfMessage):
                 await self.stream.handle(EndBody(stream_id=STREAM_ID))
 
