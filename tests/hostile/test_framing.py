@@ -92,7 +92,7 @@ async def test_an_upload_that_stops_short_of_what_it_said_has_failed(framing: st
 
 async def test_an_upload_that_declares_more_than_it_sends_and_stays_is_ended_by_the_idle_deadline() -> None:
     """The client of a held answer has a clean 504, that of a stream an event and the cut; the publisher a cancel and 410."""
-    async with open_served(BrokerConfig(idle_s=0.3)) as served, sibling(served), served.publishing() as publisher:
+    async with open_served(BrokerConfig(idle_s=0.6)) as served, sibling(served), served.publishing() as publisher:
         for call, content_type in ((STREAM, SSE), (CALL, JSON)):
             async with served.calling(call) as client:
                 frame = await publisher.next("infer")

@@ -286,7 +286,7 @@ async def test_chunks_that_go_on_after_a_cancel_are_refused_each() -> None:
 
 async def test_nothing_is_taken_after_a_deadline() -> None:
     """410 as after a cancel; the client has had its 504."""
-    async with open_served(BrokerConfig(first_byte_s=0.2)) as served, sibling(served), served.publishing() as publisher:
+    async with open_served(BrokerConfig(first_byte_s=0.6)) as served, sibling(served), served.publishing() as publisher:
         async with served.calling(STREAM) as client:
             frame = await publisher.next("infer")
             got = await client.wire.read_answer("POST")

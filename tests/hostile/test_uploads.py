@@ -218,7 +218,7 @@ async def test_an_upload_that_never_ends_is_ended_by_the_infers_total_time() -> 
 
 async def test_an_upload_that_never_begins_is_ended_by_the_first_byte_deadline() -> None:
     """Its head is there and no byte: 504 with phase `first_byte` to who asked for a stream, 410 to the upload."""
-    async with open_served(BrokerConfig(first_byte_s=0.3)) as served, sibling(served), served.publishing() as publisher:
+    async with open_served(BrokerConfig(first_byte_s=0.6)) as served, sibling(served), served.publishing() as publisher:
         async with served.calling(STREAM) as client:
             frame = await publisher.next("infer")
             async with publisher.upload(frame, SSE) as upload:
@@ -229,33 +229,42 @@ async def test_an_upload_that_never_begins_is_ended_by_the_first_byte_deadline()
                 assert await told_of(upload.wire, answer) == (410, "task_cancelled", "fin")
 
 
-@pytest.mark.parametrize("what", ["nothing", "the-same-again", "empty-chunks"])
-async def test_what_adds_nothing_does_not_keep_an_infer_alive(what: str) -> None:
-    """Chunks that were taken already, or that are empty, are answered 200 and are no sign of life: `idle_s` ends it."""
-    async with open_served(BrokerConfig(idle_s=0.4)) as served, sibling(served), served.publishing() as publisher:
-        async with served.calling(STREAM) as client, trio.open_nursery() as nursery:
-            frame = await publisher.next("infer")
-            target = f"/publisher/v1/tasks/{frame.task_id}/chunks"
-            first = await told(served, "POST", target, SSE, "wakecall-offset: 0", body=EVENT)
-            assert first == (200, "taken", "kept")
-            answers: list[Told] = []
+async def test_what_adds_nothing_does_not_keep_an_infer_alive() -> None:
+    """Chunks that were taken already, or that are empty, are answered 200 and are no sign of life: `idle_s` ends it, as
+    it does where nothing comes at all. The three at once."""
+    async with open_served(BrokerConfig(idle_s=0.6)) as served, sibling(served), served.publishing() as publisher:
 
-            async def go_on() -> None:
-                offset, body = (0, EVENT) if what == "the-same-again" else (len(EVENT), b"")
-                while True:
+        async def one(again: tuple[int, bytes] | None, task_status: trio.TaskStatus[None]) -> None:
+            async with served.calling(STREAM) as client, trio.open_nursery() as nursery:
+                frame = await publisher.next("infer")
+                task_status.started()
+                answers: list[Told] = []
+
+                async def post(offset: int, body: bytes) -> None:
+                    target = f"/publisher/v1/tasks/{frame.task_id}/chunks"
                     answers.append(await told(served, "POST", target, SSE, f"wakecall-offset: {offset}", body=body))
-                    await trio.sleep(0.05)
 
-            if what != "nothing":
-                nursery.start_soon(go_on)
-            text, cut = await (await client.read_head()).rest()
-            assert (cut, text.startswith(EVENT)) == (True, True)
-            error = last_event(text)["error"]
-            assert (error["code"], error["phase"]) == ("deadline_exceeded", "idle")
-            nursery.cancel_scope.cancel()
-        assert {each for each in answers if each.status != 410} <= {(200, "taken", "kept")}
-        gone = await told(served, "POST", target, SSE, f"wakecall-offset: {len(EVENT)}", body=EVENT)
-        assert gone == (410, "task_cancelled", "kept")
+                async def go_on(offset: int, body: bytes) -> None:
+                    while True:
+                        await post(offset, body)
+                        await trio.sleep(0.05)
+
+                await post(0, EVENT)
+                if again is not None:
+                    nursery.start_soon(go_on, *again)
+                text, cut = await (await client.read_head()).rest()
+                assert (cut, text.startswith(EVENT)) == (True, True)
+                error = last_event(text)["error"]
+                assert (error["code"], error["phase"]) == ("deadline_exceeded", "idle")
+                nursery.cancel_scope.cancel()
+            assert {each for each in answers if each.status != 410} == {(200, "taken", "kept")}
+            await post(len(EVENT), EVENT)
+            assert answers[-1] == (410, "task_cancelled", "kept")
+
+        async with trio.open_nursery() as nursery:
+            for again in (None, (0, EVENT), (len(EVENT), b"")):
+                await nursery.start(one, again)
+        assert {(await publisher.next("cancel")).data["reason"] for _ in range(3)} == {"deadline_exceeded"}
 
 
 async def test_who_goes_on_uploading_to_what_is_over_is_cut_off() -> None:
