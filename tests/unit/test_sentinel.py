@@ -26,6 +26,7 @@ SECRET = new_sentinel("prompt")
         json.dumps({"x": SECRET}).encode(),
         repr(SECRET.encode()).encode(),
     ],
+    ids=range(11),
 )
 def test_a_secret_is_found_however_it_is_written(written: bytes) -> None:
     assert leaks_of(b"before " + written + b" after", SECRET) != []
