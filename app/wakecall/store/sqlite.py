@@ -22,8 +22,9 @@ import os
 import sqlite3
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import fields
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
@@ -36,13 +37,12 @@ from sqlite_utils.migrations import Migrations
 from ..keys import ROLES
 from ..models import LLM, Batch, Key, Kind, SessionRecord, Snapshot, Status
 from .base import StoreError
+from .files import MAGIC, OpenFiles
 
 __all__ = ["SqliteStore", "open_sqlite_store"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_MAGIC: Final = b"SQLite format 3\0"
 
 # What SQLite, the binding of its parameters and the reading of its rows can raise: a lone surrogate is a UnicodeError,
 # an integer beyond 64 bits an OverflowError, a status that is none a ValueError.
@@ -212,7 +212,9 @@ class SqliteStore:
 
     _path: str
     _db: Database
+    _files: OpenFiles
     _lock: int
+    _connect: Callable[[], Database]
     _limiter: trio.CapacityLimiter
     _closed: bool
 
@@ -220,11 +222,15 @@ class SqliteStore:
         raise TypeError("use open_sqlite_store")
 
     @classmethod
-    def _make(cls, path: str, db: Database, lock: int) -> SqliteStore:
+    def _make(
+        cls, path: str, db: Database, files: OpenFiles, lock: int, connect: Callable[[], Database]
+    ) -> SqliteStore:
         self = cls.__new__(cls)
         self._path = path
         self._db = db
+        self._files = files
         self._lock = lock
+        self._connect = connect
         self._limiter = trio.CapacityLimiter(1)
         self._closed = False
         return self
@@ -262,6 +268,9 @@ class SqliteStore:
             try:
                 return work(*args, **kwargs)
             except _TROUBLE as error:
+                # SQLite keeps what it has read: a page that was damaged would be so still when the file is mended.
+                with suppress(sqlite3.Error):
+                    self._db.execute("PRAGMA shrink_memory")
                 raise StoreError(f"Cannot {what} {self._path}: {error}") from error
 
         # Never abandoned on cancel: the thread would go on, and the next call would join it on the connection.
@@ -287,6 +296,8 @@ class SqliteStore:
         drop_sessions = [(session_id,) for session_id, session in batch.sessions.items() if session is None]
         put_keys = [_key_values(key) for key in batch.keys.values() if key is not None]
         drop_keys = [(key_id,) for key_id, key in batch.keys.items() if key is None]
+        if not self._files.check():
+            self._begin_new_log()
         # IMMEDIATE: whoever else is writing is waited for here, before anything is done. A deferred transaction that
         # has read would fail at its first write, without waiting.
         with _transaction(self._db, "BEGIN IMMEDIATE"):
@@ -298,6 +309,19 @@ class SqliteStore:
             connection.executemany(_DROP_KEY, drop_keys)
             connection.executemany(_PUT_KEY, put_keys)
 
+    def _begin_new_log(self) -> None:
+        """Fold a log that has been deleted into the file, while we still have it open, and begin another one."""
+        busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise StoreError(
+                f"The log of {self._path} has been deleted, and another program is reading what was in it."
+            )
+        before, self._db = self._db, self._connect()
+        before.close()
+        _set_pragmas(self._path, self._db)
+        self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # SQLite makes them when it first reads
+        self._files.learn()
+
     def _close(self) -> None:
         if self._closed:
             return
@@ -307,6 +331,7 @@ class SqliteStore:
         except sqlite3.Error as error:
             raise StoreError(f"Cannot close {self._path}: {error}") from error
         finally:
+            self._files.close()
             os.close(self._lock)
 
 
@@ -357,20 +382,25 @@ def _open(path: str, busy_timeout_s: float) -> SqliteStore:
             lock = _lock(path, real)
             undo.callback(os.close, lock)
             _examine(path, real, busy_timeout_s)
-            # check_same_thread: the worker thread is not always the same one; one at a time it is. isolation_level:
-            # the driver begins no transactions of its own. Plugins of sqlite-utils have no business in here.
-            connection = sqlite3.connect(real, timeout=busy_timeout_s, check_same_thread=False, isolation_level=None)
-            undo.callback(connection.close)
-            db = Database(connection, recursive_triggers=False, execute_plugins=False)
+            connect = partial(_connect, real, busy_timeout_s)
+            db = connect()
+            undo.callback(db.close)
             _set_pragmas(path, db)
             # All in one transaction: an upgrade that fails leaves the file to the version that it was of.
             with _transaction(db, "BEGIN IMMEDIATE"):
                 _migrations.apply(db)
-            store = SqliteStore._make(path, db, lock)
+            store = SqliteStore._make(path, db, OpenFiles(path, real), lock, connect)
             undo.pop_all()
             return store
     except _TROUBLE as error:
         raise StoreError(f"Cannot open {path}: {error}. Check that it can be written, or name another file.") from error
+
+
+def _connect(real: str, busy_timeout_s: float) -> Database:
+    # check_same_thread: the worker thread is not always the same one; one at a time it is. isolation_level: the driver
+    # begins no transactions of its own. Plugins of sqlite-utils have no business in here.
+    connection = sqlite3.connect(real, timeout=busy_timeout_s, check_same_thread=False, isolation_level=None)
+    return Database(connection, recursive_triggers=False, execute_plugins=False)
 
 
 def _lock_path(real: str) -> str:
@@ -422,10 +452,10 @@ def _create_or_peek(path: str, real: str) -> bool:
     # what SQLite then gives its own files, too.
     file = os.open(real, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        head = os.pread(file, len(_MAGIC), 0)
+        head = os.pread(file, len(MAGIC), 0)
     finally:
         os.close(file)
-    if head and head != _MAGIC:
+    if head and head != MAGIC:
         raise StoreError(f"{path} is no SQLite database. Name another file; this one has been left as it is.")
     return bool(head)
 
