@@ -17,6 +17,7 @@ import trio
 from .broker import Broker
 from .http import create_app
 from .http.barrier import BarrierSettings
+from .http.capacity import measure_capacity
 from .http.server import hypercorn_config, serve_app
 from .http.sockets import CannotBind, bind, format_url, is_loopback
 
@@ -123,11 +124,13 @@ async def serve(
             raise KeysRequired(f"{config.host} ({address})")
     if config.open:
         _warn_of_open(broker, config.host)
+    capacity = measure_capacity()
     settings = BarrierSettings(
         peer_stall_s=stall_s,
         keep_alive_s=config.keep_alive_s,
         head_s=config.head_s,
-        max_connections=config.max_connections,
+        max_connections=capacity.connections if config.max_connections is None else config.max_connections,
+        max_turned_away=capacity.turned_away,
         grace_s=_LAST_WRITES_S,
     )
 

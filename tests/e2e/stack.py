@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,12 @@ class Running:
     def descriptors(self) -> int:
         """How many file descriptors it has open."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    @property
+    def cpu_s(self) -> float:
+        """Seconds that it has spent on a processor, in its own code and in the kernel."""
+        after_name = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
 
     @property
     def resident_bytes(self) -> int:
@@ -284,7 +290,13 @@ def _patience(explain: Any) -> Any:
 
 @asynccontextmanager
 async def open_broker_process(
-    db: Path, *, port: int = 0, arguments: Sequence[str] = (), **settings: object
+    db: Path,
+    *,
+    port: int = 0,
+    arguments: Sequence[str] = (),
+    under: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+    **settings: object,
 ) -> AsyncIterator[BrokerProcess]:
     """`wakecall serve` on 127.0.0.1 for the block; it listens when this is entered.
 
@@ -292,10 +304,13 @@ async def open_broker_process(
         db: its file; the state directory is the one it lies in.
         port: 0: a free one.
         arguments: further options.
+        under: a command that becomes it, such as `prlimit --nofile=64`.
+        variables: of its environment.
         settings: of `BrokerConfig`, given as `WAKECALL_*`.
     """
-    command = [*WAKECALL, "serve", "--port", str(port), "--db", str(db), *arguments]
-    async with open_process("serve", command, clean_environment(db.parent, **settings)) as running:
+    command = [*under, *WAKECALL, "serve", "--port", str(port), "--db", str(db), *arguments]
+    environment = clean_environment(db.parent, **settings) | dict(variables or {})
+    async with open_process("serve", command, environment) as running:
         broker = _become(running, BrokerProcess)
         found = await broker.wait_line(r"http://127\.0\.0\.1:(\d+)", broker.out)
         broker.url, broker.port = found[0], int(found[1])
@@ -312,7 +327,12 @@ def _become(running: Running, kind: type[BrokerProcess]) -> BrokerProcess:
 
 @asynccontextmanager
 async def open_publisher_process(
-    state: Path, broker_url: str, engine_url: str, *arguments: str, **settings: object
+    state: Path,
+    broker_url: str,
+    engine_url: str,
+    *arguments: str,
+    variables: Mapping[str, str] | None = None,
+    **settings: object,
 ) -> AsyncIterator[Running]:
     """`wakecall publish` for the block; whether it has registered is for the broker to tell (`wait_llm`).
 
@@ -320,10 +340,12 @@ async def open_publisher_process(
         state: its state directory.
         broker_url, engine_url: where it goes.
         arguments: further options.
+        variables: of its environment.
         settings: given as `WAKECALL_*`.
     """
     command = [*WAKECALL, "publish", "--broker", broker_url, "--engine", engine_url, *arguments]
-    async with open_process("publish", command, clean_environment(state, **settings)) as running:
+    environment = clean_environment(state, **settings) | dict(variables or {})
+    async with open_process("publish", command, environment) as running:
         yield running
 
 

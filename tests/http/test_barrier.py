@@ -659,20 +659,6 @@ async def test_a_head_that_trickles_in_is_given_up(mock_clock: trio.testing.Mock
             assert await wire.read_to_end() == b""
 
 
-async def test_connections_have_a_bound() -> None:
-    """One too many is told so; when another leaves, there is room again."""
-    async with open_server(hello, BarrierSettings(max_connections=2)) as server:
-        async with server.connect() as first, server.connect() as second:
-            assert (await first.ask("GET", "/")).status == (await second.ask("GET", "/")).status == 200
-            refused = await server.ask("GET", "/", "x: " + "y" * 5000)
-            assert (refused.status, refused.code) == (503, "too_many_connections")
-            assert refused.headers["retry-after"] == "1"
-            assert refused.headers["connection"] == "close"
-            assert (await first.ask("GET", "/")).status == 200
-        await trio.testing.wait_all_tasks_blocked(0.01)
-        assert (await server.ask("GET", "/")).status == 200
-
-
 async def test_tls_speaks_http_1_1_and_survives_those_who_do_not(tmp_path: Path) -> None:
     """Never HTTP/2 by ALPN; a plain request, or none, does no harm; a cut is a cut."""
     authority = trustme.CA()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import enum
 import logging
 import ssl
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
@@ -43,8 +44,6 @@ logger = logging.getLogger("wakecall.server")
 
 _MAX_RECEIVE_BYTES = 64 * 1024
 _MAX_PIPELINED_BYTES = 64 * 1024
-# What may be told to leave at one time; the rest of a flood is reset.
-_MAX_TURNED_AWAY = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +58,9 @@ class BarrierSettings:
         close_drain_bytes: bytes, that are read and dropped after an answer that came before its request's end.
         max_header_bytes: a request's head, in all.
         max_headers: header lines of a request.
-        max_connections: connections at a time; None for no bound but the descriptors'.
+        max_connections: connections at a time; None for no bound but the descriptors'. Beyond it, who has been idle for
+            the longest makes room; if nobody is idle, the newcomer is told that there is none.
+        max_turned_away: how many may be told so at one time; the rest of a flood is reset.
         grace_s: seconds that requests may go on once the server is told to stop.
     """
 
@@ -71,6 +72,7 @@ class BarrierSettings:
     max_header_bytes: int = 64 * 1024
     max_headers: int = 100
     max_connections: int | None = None
+    max_turned_away: int = 64
     grace_s: float = 2.0
 
 
@@ -80,14 +82,20 @@ class Barrier:
     def __init__(self, settings: BarrierSettings | None = None) -> None:
         self.settings = settings or BarrierSettings()
         self.connections: set[Connection] = set()
+        self.idle: OrderedDict[Connection, None] = OrderedDict()  # without a whole request, the longest so first
         self.turned_away = 0
         self.closing = False
 
-    @property
-    def is_full(self) -> bool:
-        """Whether one more connection would be one too many."""
+    def make_room(self) -> bool:
+        """Whether one more connection may come. If there are too many, the one that has been idle for the longest ends."""
         bound = self.settings.max_connections
-        return bound is not None and len(self.connections) >= bound
+        if bound is None or len(self.connections) < bound:
+            return True
+        if not self.idle:
+            return False
+        connection, _ = self.idle.popitem(last=False)
+        connection.make_way()
+        return True
 
     def start_closing(self) -> None:
         """End idle connections now, and every other one with the answer that it is busy with."""
@@ -144,6 +152,8 @@ class Connection(TCPServer):
         self._patience = trio.CancelScope(deadline=trio.current_time() + self._settings.keep_alive_s)
         self._waits = _Waits.FOR_A_REQUEST
         self._pause: trio.CancelScope | None = None
+        self._is_greeted = False
+        self._makes_way = False
         self._dropped_bytes = 0
 
     async def run(self) -> None:
@@ -176,6 +186,14 @@ class Connection(TCPServer):
         """End the connection if no request is under way."""
         if self._waits in {_Waits.FOR_A_REQUEST, _Waits.FOR_A_HEAD}:
             self._patience.cancel()
+
+    def make_way(self) -> None:
+        """End the connection, which has no request under way, in favour of a new one."""
+        self._makes_way = True
+        if self._is_greeted:
+            self.end_if_idle()
+        else:
+            self._peer.abort()
 
     async def send_continue(self) -> None:
         """Ask a peer that sent `Expect: 100-continue` for its body."""
@@ -223,10 +241,11 @@ class Connection(TCPServer):
         raw: Any = self.stream
         is_tls = isinstance(raw, trio.SSLStream)
         self._peer = PeerStream((raw.transport_stream if is_tls else raw).socket, self._settings.peer_stall_s)
-        if self._barrier.is_full:
+        if not self._barrier.make_room():
             await self._turn_away(is_tls)
             return
         self._barrier.connections.add(self)
+        self._barrier.idle[self] = None
         try:
             if is_tls:
                 raw.transport_stream = self._peer
@@ -257,15 +276,18 @@ class Connection(TCPServer):
             pass  # the peer went before it could be told from nobody, or did not finish its handshake
         finally:
             self._barrier.connections.discard(self)
+            self._barrier.idle.pop(self, None)
             self._peer.socket.close()
 
     async def _read(self) -> None:
+        self._is_greeted = True
         if self._barrier.closing:
             self._patience.cancel()
         with self._patience:
             await self._read_to_the_end()
         if self._patience.cancelled_caught and self._waits is _Waits.FOR_A_HEAD and not self._barrier.closing:
-            await self._http.refuse(RequestTimeout("The request's head did not arrive in time."))
+            late = RequestTimeout("The request's head did not arrive in time.")
+            await self._http.refuse(TooManyConnections() if self._makes_way else late)
         # From here on nothing is read. The app learns it, and a write of its that is stuck ends now.
         await self._http.handle(Closed())
         await self._close()
@@ -304,7 +326,7 @@ class Connection(TCPServer):
 
     async def _turn_away(self, is_tls: bool) -> None:
         """Say in a few words that there is no room, if that can be said cheaply."""
-        if is_tls or self._barrier.turned_away >= _MAX_TURNED_AWAY:
+        if is_tls or self._barrier.turned_away >= self._settings.max_turned_away:
             self._peer.abort()
             return
         self._barrier.turned_away += 1
@@ -330,6 +352,12 @@ class Connection(TCPServer):
     def _wait(self, what: _Waits, seconds: float) -> None:
         self._waits = what
         self._patience.deadline = trio.current_time() + seconds
+        if what is _Waits.FOR_A_REQUEST:
+            self._barrier.idle[self] = None
+        elif (
+            what is not _Waits.FOR_A_HEAD
+        ):  # a head that has begun does not make it younger: it may trickle in for ever
+            self._barrier.idle.pop(self, None)
 
     def _linger(self) -> None:
         """Half-close, then drain: the reader drops what comes, for a while, so that no reset overtakes our answer."""

@@ -13,6 +13,7 @@ from hypercorn.config import Config, Sockets
 from hypercorn.trio.run import worker_serve
 
 from .barrier import Barrier, BarrierSettings, barrier_of, install_barrier
+from .capacity import calm_shortages
 
 __all__ = ["hypercorn_config", "serve_app"]
 
@@ -84,20 +85,21 @@ async def serve_app(
             barrier.abort_all()
 
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(abort_in_the_end)
-            await worker_serve(
-                ASGIWrapper(app),
-                config,
-                sockets=Sockets(
-                    secure_sockets=list(sockets) if config.ssl_enabled else [],
-                    insecure_sockets=[] if config.ssl_enabled else list(sockets),
-                    quic_sockets=[],
-                ),
-                shutdown_trigger=wait_trigger,
-                task_status=task_status,
-            )
-            nursery.cancel_scope.cancel()
+        with calm_shortages():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(abort_in_the_end)
+                await worker_serve(
+                    ASGIWrapper(app),
+                    config,
+                    sockets=Sockets(
+                        secure_sockets=list(sockets) if config.ssl_enabled else [],
+                        insecure_sockets=[] if config.ssl_enabled else list(sockets),
+                        quic_sockets=[],
+                    ),
+                    shutdown_trigger=wait_trigger,
+                    task_status=task_status,
+                )
+                nursery.cancel_scope.cancel()
     finally:
         for sock in sockets:
             sock.close()

@@ -1,0 +1,175 @@
+"""As many connections as there are descriptors for: who makes room, who is told no, and what the log says of it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from tests.http.wire import Answer, Wire, http_app, open_server, request_bytes
+from wakecall.http.barrier import BarrierSettings
+from wakecall.http.capacity import Capacity, calm_shortages, measure_capacity
+
+
+class Waiting:
+    """An app whose `/wait` answers when it is let go; everything else at once."""
+
+    def __init__(self) -> None:
+        self.release = trio.Event()
+        self.busy = 0
+        self._news = trio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/wait":
+            self.busy += 1
+            self._news.set()
+            self._news = trio.Event()
+            await self.release.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def make_busy(self, *wires: Wire) -> None:
+        """Each of these connections has a request under way when this returns."""
+        wanted = self.busy + len(wires)
+        for wire in wires:
+            await wire.send(request_bytes("GET", "/wait"))
+        while self.busy < wanted:
+            await self._news.wait()
+
+
+def assert_turned_away(answer: Answer) -> None:
+    assert (answer.status, answer.code) == (503, "too_many_connections")
+    assert answer.headers["retry-after"] == "1"
+    assert answer.headers["connection"] == "close"
+
+
+async def test_one_too_many_is_told_so_while_all_others_are_busy() -> None:
+    """Nothing of those that are busy is lost; when one has its answer, there is room again."""
+    waiting = Waiting()
+    async with open_server(http_app(waiting), BarrierSettings(max_connections=2)) as server:
+        async with server.connect() as first, server.connect() as second:
+            await waiting.make_busy(first, second)
+            assert_turned_away(await server.ask("GET", "/", "x: " + "y" * 5000))
+            waiting.release.set()
+            for wire in (first, second):
+                assert (await wire.read_answer()).status == 200
+            assert (await server.ask("GET", "/")).status == 200
+
+
+async def test_who_has_been_idle_for_the_longest_makes_room() -> None:
+    """Connections that say nothing cannot keep others out; the one that ends hears no error, for it asked nothing."""
+    waiting = Waiting()
+    async with open_server(http_app(waiting), BarrierSettings(max_connections=3)) as server:
+        async with server.connect() as used, server.connect() as silent, server.connect() as busy:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert (await used.ask("GET", "/")).status == 200
+            await waiting.make_busy(busy)
+            async with server.connect() as newcomer:
+                assert (await newcomer.ask("GET", "/")).status == 200
+                assert await silent.read_to_end() == b""
+                assert (await used.ask("GET", "/")).status == 200
+                async with server.connect() as another:
+                    assert (await another.ask("GET", "/")).status == 200
+                    assert await newcomer.read_to_end() == b""
+            waiting.release.set()
+            assert (await busy.read_answer()).status == 200
+            assert (await used.ask("GET", "/")).status == 200
+
+
+async def test_a_head_that_trickles_in_makes_room_as_well() -> None:
+    """It is told why. Its bytes do not make it younger than one that has been silent for less long."""
+    async with open_server(http_app(Waiting()), BarrierSettings(max_connections=2)) as server:
+        async with server.connect() as half, server.connect() as silent:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await half.send(b"GET / HTTP/1.1\r\nx: ")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert (await server.ask("GET", "/")).status == 200
+            assert_turned_away(await half.read_answer())
+            assert await half.read_to_end() == b""
+            assert (await silent.ask("GET", "/")).status == 200
+
+
+async def test_a_flood_of_silent_connections_keeps_nobody_out() -> None:
+    """However many come, no more than the bound are held, and whoever asks something is answered."""
+    async with open_server(http_app(Waiting()), BarrierSettings(max_connections=20)) as server:
+        sockets = []
+        try:
+            for _ in range(300):
+                sock = trio.socket.socket()
+                sockets.append(sock)
+                await sock.connect(("127.0.0.1", server.port))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert len(server.barrier.connections) == len(server.barrier.idle) == 20
+            assert (await server.ask("GET", "/")).status == 200
+        finally:
+            for sock in sockets:
+                sock.close()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not server.barrier.connections
+        assert not server.barrier.idle
+
+
+@pytest.mark.parametrize("limit", [64, 256, 1024, 20000])
+def test_some_descriptors_are_kept_back_to_say_no_with(limit: int) -> None:
+    """Connections, those turned away and all else together stay below the limit; most of a usual one is connections."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    already = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        capacity = measure_capacity()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert capacity.connections is not None
+    assert capacity.connections >= 1
+    assert 1 <= capacity.turned_away <= 64
+    if limit > already + 64:
+        assert capacity.connections + capacity.turned_away + already + 30 <= limit
+    if limit >= 1024:
+        assert capacity.connections > limit * 0.8
+
+
+def test_without_a_limit_there_is_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert measure_capacity() == Capacity(None, 64)
+
+
+async def test_a_shortage_is_said_once_and_without_a_traceback(
+    caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Trio tries again ten times a second, and logs each. A shortage after some calm is a new one."""
+
+    class Exhausted(trio.abc.Listener[trio.SocketStream]):
+        code = errno.EMFILE
+
+        async def accept(self) -> trio.SocketStream:
+            await trio.lowlevel.checkpoint()
+            raise OSError(self.code, os.strerror(self.code))
+
+        async def aclose(self) -> None:
+            await trio.lowlevel.checkpoint()
+
+    def said() -> list[logging.LogRecord]:
+        return [each for each in caplog.records if each.name.startswith(("wakecall", "trio"))]
+
+    for error in (errno.EMFILE, errno.ENFILE):
+        Exhausted.code = error
+        with calm_shortages(), trio.move_on_after(60):
+            await trio.serve_listeners(lambda _: trio.lowlevel.checkpoint(), [Exhausted()])
+        (record,) = said()
+        assert os.strerror(error) in record.getMessage()
+        assert record.exc_info is None
+        caplog.clear()
+    with calm_shortages():
+        for _ in range(2):
+            with trio.move_on_after(5):
+                await trio.serve_listeners(lambda _: trio.lowlevel.checkpoint(), [Exhausted()])
+            await trio.sleep(11)
+    assert len(said()) == 2
+    logging.getLogger("trio.serve_listeners").error("another error")
+    assert len(said()) == 3
