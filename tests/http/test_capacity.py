@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import resource
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -93,6 +94,25 @@ async def test_a_head_that_trickles_in_makes_room_as_well() -> None:
             assert_turned_away(await half.read_answer())
             assert await half.read_to_end() == b""
             assert (await silent.ask("GET", "/")).status == 200
+
+
+async def test_clients_leave_room_for_publishers() -> None:
+    """Those who wait for answers have at most seven eighths; who brings the answers is let in, and so are probes."""
+    waiting = Waiting()
+    async with open_server(http_app(waiting), BarrierSettings(max_connections=16)) as server, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(server.connect()) for _ in range(14)]
+        await waiting.make_busy(*clients)
+        for _ in range(20):
+            # Told on a connection that is then closed, and does not take the others' room while it is.
+            wire = await stack.enter_async_context(server.connect())
+            assert_turned_away(await wire.ask("POST", "/v1/chat/completions", body=b"{}"))
+        assert_turned_away(await server.ask("GET", "http://x/v1/models"))
+        for path in ("/publisher/v1/tasks/x/result", "/healthz"):
+            assert (await server.ask("POST", path)).status == 200
+        waiting.release.set()
+        for client in clients:
+            assert (await client.read_answer()).status == 200
+        assert (await server.ask("POST", "/v1/chat/completions")).status == 200
 
 
 async def test_a_flood_of_silent_connections_keeps_nobody_out() -> None:

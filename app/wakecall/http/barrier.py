@@ -32,7 +32,7 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
-from ..errors import RequestTimeout, Unavailable
+from ..errors import RequestTimeout, Unavailable, WakecallError
 from ..faults import place_of
 from .protocol import AppTasks, Http11
 from .refusal import error_body, error_headers, pick_request_id
@@ -44,6 +44,8 @@ logger = logging.getLogger("wakecall.server")
 
 _MAX_RECEIVE_BYTES = 64 * 1024
 _MAX_PIPELINED_BYTES = 64 * 1024
+# One in so many connections is for publishers, operators and probes alone.
+_SHARE_OF_OTHERS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class Barrier:
     def __init__(self, settings: BarrierSettings | None = None) -> None:
         self.settings = settings or BarrierSettings()
         self.connections: set[Connection] = set()
-        self.idle: OrderedDict[Connection, None] = OrderedDict()  # without a whole request, the longest so first
+        self.idle: OrderedDict[Connection, None] = OrderedDict()  # without a request under way, the longest so first
         self.turned_away = 0
         self.closing = False
 
@@ -96,6 +98,18 @@ class Barrier:
         connection, _ = self.idle.popitem(last=False)
         connection.make_way()
         return True
+
+    def objection_to(self, path: str) -> WakecallError | None:
+        """Why a request for this path is not served now, or None.
+
+        The last eighth of the connections is not for clients: they wait for answers, and publishers, who bring those on
+        connections of their own, must not find that the waiting have taken all the room.
+        """
+        bound = self.settings.max_connections
+        if bound is None or not path.startswith("/v1/"):
+            return None
+        busy = len(self.connections) - len(self.idle)
+        return TooManyConnections() if busy > bound - bound // _SHARE_OF_OTHERS else None
 
     def start_closing(self) -> None:
         """End idle connections now, and every other one with the answer that it is busy with."""
@@ -191,7 +205,7 @@ class Connection(TCPServer):
         """End the connection, which has no request under way, in favour of a new one."""
         self._makes_way = True
         if self._is_greeted:
-            self.end_if_idle()
+            self._patience.cancel()
         else:
             self._peer.abort()
 
@@ -270,6 +284,7 @@ class Connection(TCPServer):
                     max_header_bytes=self._settings.max_header_bytes,
                     max_headers=self._settings.max_headers,
                     is_closing=lambda: self._barrier.closing,
+                    objection_to=self._barrier.objection_to,
                 )
                 await self._read()
         except (OSError, ssl.SSLError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
@@ -352,7 +367,7 @@ class Connection(TCPServer):
     def _wait(self, what: _Waits, seconds: float) -> None:
         self._waits = what
         self._patience.deadline = trio.current_time() + seconds
-        if what is _Waits.FOR_A_REQUEST:
+        if what in {_Waits.FOR_A_REQUEST, _Waits.FOR_THE_PEERS_END}:
             self._barrier.idle[self] = None
         elif (
             what is not _Waits.FOR_A_HEAD

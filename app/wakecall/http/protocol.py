@@ -190,16 +190,25 @@ class Http11(H11Protocol):
 
     Args:
         is_closing: whether the server is on its way out, so that no connection is kept alive.
+        objection_to: what there is against serving a path just now.
         others: what `H11Protocol` takes.
     """
 
     connection: h11.Connection
 
-    def __init__(self, *others: Any, max_header_bytes: int, max_headers: int, is_closing: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        *others: Any,
+        max_header_bytes: int,
+        max_headers: int,
+        is_closing: Callable[[], bool],
+        objection_to: Callable[[str], WakecallError | None],
+    ) -> None:
         super().__init__(*others)
         self._max_header_bytes = max_header_bytes
         self._max_headers = max_headers
         self._is_closing = is_closing
+        self._objection_to = objection_to
         self._corked = b""
         self._method = b""
         self._path = ""
@@ -338,6 +347,10 @@ class Http11(H11Protocol):
             return
         target, headers = _origin_form(request)
         self._path = target.partition(b"?")[0].decode("ascii")
+        objection = self._objection_to(self._path)
+        if objection is not None:
+            await self.refuse(objection)
+            return
         self.stream = HTTPStream(
             self.app,
             self.config,
