@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import resource
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -96,6 +97,41 @@ async def test_a_head_that_trickles_in_makes_room_as_well() -> None:
             assert (await silent.ask("GET", "/")).status == 200
 
 
+class _OnceTheReaderIsWoken(trio.abc.Instrument):
+    """Acts when a connection's reader is about to get what came for it, and not before."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self._act: Callable[[], object] | None = act
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        if self._act is not None and task.name.endswith("_run_handler"):
+            act, self._act = self._act, None
+            act()
+
+
+@pytest.mark.parametrize("when", ["it is unread", "it is being read"])
+async def test_who_asks_in_the_instant_in_which_he_makes_room_is_told_so(when: str) -> None:
+    """His request is not begun and then cut: it is answered, with the reason."""
+    waiting = Waiting()
+    async with open_server(http_app(waiting), BarrierSettings(max_connections=1)) as server:
+        async with server.connect() as idle:
+            assert (await idle.ask("GET", "/")).status == 200
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            watch = _OnceTheReaderIsWoken(server.barrier.make_room)
+            if when == "it is being read":
+                trio.lowlevel.add_instrument(watch)
+                await idle.send(request_bytes("GET", "/wait"))
+            else:
+                request = request_bytes("GET", "/wait")
+                assert idle.stream.socket._sock.send(request) == len(request)
+                assert server.barrier.make_room()
+            assert_turned_away(await idle.read_answer())
+            assert await idle.read_to_end() == b""
+            assert waiting.busy == 0
+            if when == "it is being read":
+                trio.lowlevel.remove_instrument(watch)
+
+
 async def test_clients_leave_room_for_publishers() -> None:
     """Those who wait for answers have at most seven eighths; who brings the answers is let in, and so are probes."""
     waiting = Waiting()
@@ -113,6 +149,9 @@ async def test_clients_leave_room_for_publishers() -> None:
         for client in clients:
             assert (await client.read_answer()).status == 200
         assert (await server.ask("POST", "/v1/chat/completions")).status == 200
+        await stack.aclose()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert (server.barrier.connections, len(server.barrier.idle), len(server.barrier.leaving)) == (set(), 0, 0)
 
 
 async def test_a_flood_of_silent_connections_keeps_nobody_out() -> None:
@@ -133,6 +172,7 @@ async def test_a_flood_of_silent_connections_keeps_nobody_out() -> None:
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert not server.barrier.connections
         assert not server.barrier.idle
+        assert not server.barrier.leaving
 
 
 @pytest.mark.parametrize("limit", [64, 256, 1024, 20000])

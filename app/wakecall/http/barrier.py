@@ -84,20 +84,23 @@ class Barrier:
     def __init__(self, settings: BarrierSettings | None = None) -> None:
         self.settings = settings or BarrierSettings()
         self.connections: set[Connection] = set()
-        self.idle: OrderedDict[Connection, None] = OrderedDict()  # without a request under way, the longest so first
+        # Those without a request under way, the longest so first: they have their last answer, or ask nothing.
+        self.leaving: OrderedDict[Connection, None] = OrderedDict()
+        self.idle: OrderedDict[Connection, None] = OrderedDict()
         self.turned_away = 0
         self.closing = False
 
     def make_room(self) -> bool:
-        """Whether one more connection may come. If there are too many, the one that has been idle for the longest ends."""
+        """Whether one more connection may come. If there are too many, one that asks nothing ends, the longest so first."""
         bound = self.settings.max_connections
         if bound is None or len(self.connections) < bound:
             return True
-        if not self.idle:
-            return False
-        connection, _ = self.idle.popitem(last=False)
-        connection.make_way()
-        return True
+        for dispensable in (self.leaving, self.idle):
+            if dispensable:
+                connection, _ = dispensable.popitem(last=False)
+                connection.make_way()
+                return True
+        return False
 
     def objection_to(self, path: str) -> WakecallError | None:
         """Why a request for this path is not served now, or None.
@@ -108,7 +111,7 @@ class Barrier:
         bound = self.settings.max_connections
         if bound is None or not path.startswith("/v1/"):
             return None
-        busy = len(self.connections) - len(self.idle)
+        busy = len(self.connections) - len(self.idle) - len(self.leaving)
         return TooManyConnections() if busy > bound - bound // _SHARE_OF_OTHERS else None
 
     def start_closing(self) -> None:
@@ -292,6 +295,7 @@ class Connection(TCPServer):
         finally:
             self._barrier.connections.discard(self)
             self._barrier.idle.pop(self, None)
+            self._barrier.leaving.pop(self, None)
             self._peer.socket.close()
 
     async def _read(self) -> None:
@@ -300,9 +304,10 @@ class Connection(TCPServer):
             self._patience.cancel()
         with self._patience:
             await self._read_to_the_end()
-        if self._patience.cancelled_caught and self._waits is _Waits.FOR_A_HEAD and not self._barrier.closing:
-            late = RequestTimeout("The request's head did not arrive in time.")
-            await self._http.refuse(TooManyConnections() if self._makes_way else late)
+        if self._makes_way:
+            await self._tell_why()
+        elif self._patience.cancelled_caught and self._waits is _Waits.FOR_A_HEAD and not self._barrier.closing:
+            await self._http.refuse(RequestTimeout("The request's head did not arrive in time."))
         # From here on nothing is read. The app learns it, and a write of its that is stuck ends now.
         await self._http.handle(Closed())
         await self._close()
@@ -317,6 +322,11 @@ class Connection(TCPServer):
                     data = bytes(await self.stream.receive_some(_MAX_RECEIVE_BYTES))
             except (trio.ClosedResourceError, trio.BrokenResourceError):
                 return
+            if self._makes_way and not self._is_over:
+                # It came in the same instant. To begin with it now would be to cut it.
+                if data:
+                    self._wait(_Waits.FOR_A_HEAD, inf)
+                return
             if self._is_over:
                 self._dropped_bytes += len(data or b"")
                 if data == b"" or self._dropped_bytes >= self._settings.close_drain_bytes:
@@ -330,6 +340,18 @@ class Connection(TCPServer):
                 if data == b"":
                     return
                 ahead = ahead + len(data) if self._http.paused else 0
+
+    async def _tell_why(self) -> None:
+        """Answer a peer whose connection ends for a newcomer's, if there is anything to answer."""
+        is_asking = self._waits is _Waits.FOR_A_HEAD
+        if self._waits is _Waits.FOR_A_REQUEST and self._peer.socket.is_readable():
+            try:
+                with trio.move_on_after(self._settings.close_drain_s):  # over TLS, half a record may be all there is
+                    is_asking = bool(await self.stream.receive_some(_MAX_RECEIVE_BYTES))
+            except (trio.ClosedResourceError, trio.BrokenResourceError):
+                return
+        if is_asking:
+            await self._http.refuse(TooManyConnections())
 
     async def _read_ahead(self, ahead: int) -> bytes | None:
         """Read while a pipelined request waits, to see the peer's end; None as soon as that request's turn has come."""
@@ -367,12 +389,13 @@ class Connection(TCPServer):
     def _wait(self, what: _Waits, seconds: float) -> None:
         self._waits = what
         self._patience.deadline = trio.current_time() + seconds
-        if what in {_Waits.FOR_A_REQUEST, _Waits.FOR_THE_PEERS_END}:
+        # A head that has begun does not make a connection younger: it may trickle in for ever.
+        if what is _Waits.FOR_A_REQUEST:
             self._barrier.idle[self] = None
-        elif (
-            what is not _Waits.FOR_A_HEAD
-        ):  # a head that has begun does not make it younger: it may trickle in for ever
+        elif what is not _Waits.FOR_A_HEAD:
             self._barrier.idle.pop(self, None)
+            if what is not _Waits.FOR_THE_APP:
+                self._barrier.leaving[self] = None
 
     def _linger(self) -> None:
         """Half-close, then drain: the reader drops what comes, for a while, so that no reset overtakes our answer."""
