@@ -362,9 +362,10 @@ async def connect(port: int, *, receive_buffer: int | None = None) -> AsyncItera
     sock = trio.socket.socket()
     if receive_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    await sock.connect(("127.0.0.1", port))
-    async with trio.SocketStream(sock) as stream:
-        yield Wire(stream)
+    with sock:
+        await sock.connect(("127.0.0.1", port))
+        async with trio.SocketStream(sock) as stream:
+            yield Wire(stream)
 
 
 def closed_port() -> int:
