@@ -136,12 +136,18 @@ def refusing(code: int) -> Fault:
     return refuse
 
 
-def overwritten(spoil: Callable[[bytes], bytes]) -> Fault:
-    """In place, by somebody else; then put back as it was."""
+def overwritten(spoil: Callable[[bytes], bytes], *, read_anew: bool = False) -> Fault:
+    """In place, by somebody else; then put back as it was.
+
+    Args:
+        spoil: what becomes of the content.
+        read_anew: let the broker need all of it again. Else it has in memory what it writes on, and sees nothing.
+    """
 
     @asynccontextmanager
     async def overwrite(place: Place) -> AsyncIterator[None]:
-        fold_log(place.db)
+        if read_anew:
+            fold_log(place.db)
         before = place.db.read_bytes()
         _overwrite(place.db, spoil(before))
         yield
@@ -191,7 +197,9 @@ FAULTS: dict[str, Fault] = {
     "the disk has become read-only": refusing(errno.EROFS),
     "the file is garbage": overwritten(lambda content: b"\xa5" * len(content)),
     "the file is empty": overwritten(lambda _: b""),
-    "its pages are garbage": overwritten(lambda content: content[:4096] + b"\xa5" * (len(content) - 4096)),
+    "its pages are garbage": overwritten(
+        lambda content: content[:4096] + b"\xa5" * (len(content) - 4096), read_anew=True
+    ),
     "the file has been moved away": moved,
     "the file has been replaced": replaced,
     "its log has been replaced": log_replaced,
