@@ -140,6 +140,55 @@ async def test_a_reader_that_takes_its_time_delays_nothing(path: Path) -> None:
         assert len(await names(store)) == 1001
 
 
+@pytest.mark.parametrize("gone", [("-wal",), ("-shm",), ("-wal", "-shm")])
+async def test_a_log_that_was_deleted_is_folded_in_and_begun_anew(path: Path, gone: tuple[str, ...]) -> None:
+    """Nothing that was committed is lost with its name; and what is committed from then on has one."""
+    async with open_sqlite_store(path) as store:
+        await store.write(batch_of([llm("before")]))
+        for suffix in gone:
+            path.with_name(path.name + suffix).unlink()
+        await store.write(batch_of([llm("after")]))
+        for suffix in ("-wal", "-shm"):
+            assert path.with_name(path.name + suffix).exists()
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as reader:
+            assert reader.execute("SELECT name FROM llms ORDER BY name").fetchall() == [("after",), ("before",)]
+        assert await names(store) == ["after", "before"]
+
+
+async def test_a_deleted_log_that_somebody_reads_is_waited_for(path: Path) -> None:
+    """It cannot be folded in before he is done: writing fails until then, and then goes on with nothing lost."""
+    async with open_sqlite_store(path, busy_timeout_s=0.01) as store:
+        await store.write(batch_of([llm("before")]))
+        with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            assert reader.execute("SELECT count(*) FROM llms").fetchone() == (1,)
+            await store.write(batch_of([llm("meanwhile")]))
+            path.with_name(path.name + "-wal").unlink()
+            with pytest.raises(StoreError, match="another program is reading"):
+                await store.write(batch_of([llm("after")]))
+        await store.write(batch_of([llm("after")]))
+    async with open_sqlite_store(path) as store:
+        assert await names(store) == ["after", "before", "meanwhile"]
+
+
+async def test_a_file_that_has_moved_takes_nothing_until_it_is_back(path: Path) -> None:
+    """SQLite would write on into a file that no later start finds; the one that took its place stays as it is."""
+    aside = path.with_name("aside.db")
+    async with open_sqlite_store(path) as store:
+        await store.write(batch_of([llm("before")]))
+        path.rename(aside)
+        with pytest.raises(StoreError, match="deleted or moved"):
+            await store.write(batch_of([llm("after")]))
+        path.write_bytes(b"a letter")
+        with pytest.raises(StoreError, match="replaced"):
+            await store.write(batch_of([llm("after")]))
+        assert path.read_bytes() == b"a letter"
+        aside.rename(path)
+        await store.write(batch_of([llm("after")]))
+    async with open_sqlite_store(path) as store:
+        assert await names(store) == ["after", "before"]
+
+
 POISON = {
     "a lone surrogate": llm("poison", model="\ud800"),
     "an integer beyond 64 bits": llm("poison", max_concurrency=2**63),
