@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .keyring import Caller, Claim
     from .local import InferReply
     from .models import InferRequest, Key, LLMSpec, NewKey, Status
-    from .serving import CannotBind, KeysRequired, ServeConfig, Stop, serve
+    from .serving import BadCertificate, CannotBind, KeysRequired, Reload, ServeConfig, Stop, serve
     from .session import Channel
     from .store import MemoryStore, Store, StoreError
     from .store.sqlite import open_sqlite_store
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BadCertificate",
     "Broker",
     "BrokerConfig",
     "Caller",
@@ -38,6 +39,7 @@ __all__ = [
     "MemoryStore",
     "NewKey",
     "Reader",
+    "Reload",
     "Reply",
     "ServeConfig",
     "Status",
@@ -55,6 +57,7 @@ __all__ = [
 # Each name loads its module on first use: an embedder without HTTP pays for no web server, and `wakecall --help` not even
 # for Trio.
 _HOMES = {
+    "BadCertificate": ".serving",
     "Broker": ".broker",
     "BrokerConfig": ".config",
     "Caller": ".keyring",
@@ -70,6 +73,7 @@ _HOMES = {
     "MemoryStore": ".store",
     "NewKey": ".models",
     "Reader": ".task",
+    "Reload": ".serving",
     "Reply": ".task",
     "ServeConfig": ".serving",
     "Status": ".models",

@@ -19,9 +19,10 @@ from .http import create_app
 from .http.barrier import BarrierSettings
 from .http.capacity import measure_capacity
 from .http.server import hypercorn_config, serve_app
-from .http.sockets import CannotBind, bind, format_url, is_loopback
+from .http.sockets import CannotBind, bind, is_loopback
+from .http.tls import BadCertificate, Certificates
 
-__all__ = ["CannotBind", "KeysRequired", "ServeConfig", "Stop", "serve"]
+__all__ = ["BadCertificate", "CannotBind", "KeysRequired", "Reload", "ServeConfig", "Stop", "serve"]
 
 logger = logging.getLogger("wakecall.server")
 
@@ -51,9 +52,14 @@ class ServeConfig:
         host: a name or address of this machine; empty: every address it has.
         port: 0 to 65535; 0: a free one.
         keep_alive_s: seconds that a connection may be idle between requests.
-        head_s: seconds from the first byte of a request's head to its last.
+        head_s: seconds from the first byte of a request's head to its last, and for a TLS handshake.
         max_connections: connections at a time; None: as many as there are descriptors for.
         open: listen without keys on addresses that others can reach, and answer to any `Host`.
+        certfile: path of a certificate in PEM form, with those between it and the root behind it; None: no TLS.
+        keyfile: path of the certificate's key in PEM form, without a password.
+
+    Raises:
+        BadCertificate: a certificate without its key, or a key without its certificate.
     """
 
     host: str = "127.0.0.1"
@@ -62,6 +68,13 @@ class ServeConfig:
     head_s: float = 60.0
     max_connections: int | None = None
     open: bool = False
+    certfile: str | None = None
+    keyfile: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certfile is None) != (self.keyfile is None):
+            given, missing = ("certfile", "keyfile") if self.keyfile is None else ("keyfile", "certfile")
+            raise BadCertificate(f"TLS needs a certificate and its key: {given} is given, and {missing} is not")
 
 
 @dataclass(slots=True)
@@ -88,11 +101,27 @@ class Stop:
         await self._at_once.wait()
 
 
+@dataclass(slots=True)
+class Reload:
+    """How a server is told that its certificate was renewed: `request`, as often as it is."""
+
+    _asked: trio.Event = field(default_factory=trio.Event)
+
+    def request(self) -> None:
+        self._asked.set()
+
+    async def wait(self) -> None:
+        """Return once it has been asked for since the last time that this returned."""
+        await self._asked.wait()
+        self._asked = trio.Event()
+
+
 async def serve(
     broker: Broker,
     config: ServeConfig | None = None,
     *,
     stop: Stop | None = None,
+    reload: Reload | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve an open broker over HTTP until stopped or cancelled.
@@ -104,14 +133,20 @@ async def serve(
         broker: from `open_broker`.
         config: where; the defaults when left out.
         stop: how to stop it; None: only by cancelling.
+        reload: how to have it read its certificate and key again, for the handshakes from then on. A pair that cannot be
+            used is logged, and the one before stays.
         task_status: started with the URLs that it listens on, once connections are accepted.
 
     Raises:
         CannotBind: the address is taken, or is not this machine's.
         KeysRequired: others can reach the address, and the broker has no keys.
+        BadCertificate: there is no TLS with this certificate and key.
     """
     config = config or ServeConfig()
     stop = stop or Stop()
+    certificates: Certificates | None = None
+    if config.certfile is not None and config.keyfile is not None:
+        certificates = await trio.to_thread.run_sync(Certificates, config.certfile, config.keyfile)
     stall_s = broker.config.peer_stall_s
     needs_loopback = broker.is_open and not config.open
     if needs_loopback and not is_loopback(config.host):
@@ -142,15 +177,28 @@ async def serve(
             nursery.cancel_scope.cancel()
         await broker.drain(0)  # what the second signal cut short
 
-    # Hypercorn hands back what it was given; the URLs are made here, for addresses that a client can use.
-    urls = [format_url(sock) for sock in listening]
-    await serve_app(
-        create_app(broker, loopback_only=not config.open),
-        hypercorn_config(settings),
-        listening,
-        shutdown_trigger=wait_drained,
-        task_status=_Translated(task_status, urls),
-    )
+    async with trio.open_nursery() as nursery:
+        if reload is not None and certificates is not None:
+            nursery.start_soon(_reload_when_asked, reload, certificates)
+        await serve_app(
+            create_app(broker, loopback_only=not config.open),
+            hypercorn_config(settings, certificates),
+            listening,
+            shutdown_trigger=wait_drained,
+            task_status=task_status,
+        )
+        nursery.cancel_scope.cancel()
+
+
+async def _reload_when_asked(reload: Reload, certificates: Certificates) -> None:
+    while True:
+        await reload.wait()
+        try:
+            await trio.to_thread.run_sync(certificates.reload)
+        except BadCertificate as error:
+            logger.error("%s; the certificate that was read before stays", error)
+        else:
+            logger.info("the certificate in %s was read again", certificates.certfile)
 
 
 def _warn_of_open(broker: Broker, host: str) -> None:
@@ -166,17 +214,6 @@ def _warn_of_open(broker: Broker, host: str) -> None:
 def _close(sockets: Iterable[socket.socket]) -> None:
     for sock in sockets:
         sock.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Translated(trio.TaskStatus[list[str]]):
-    """A task status that starts with these URLs, whatever it is started with."""
-
-    status: trio.TaskStatus[list[str]]
-    urls: list[str]
-
-    def started(self, value: list[str] | None = None) -> None:
-        self.status.started(self.urls)
 
 
 async def _skip_grace(stop: Stop, grace: trio.CancelScope) -> None:

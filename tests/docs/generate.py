@@ -77,7 +77,7 @@ def argument_docs(documented: Any) -> dict[str, str]:
 def listening() -> str:
     said = argument_docs(ServeConfig)
     rows = [
-        [f"`{each.name}`", "no bound of its own" if each.default is None else f"`{each.default}`", said[each.name]]
+        [f"`{each.name}`", "none" if each.default is None else f"`{each.default}`", said[each.name]]
         for each in dataclasses.fields(ServeConfig)
     ]
     return table(["setting", "default", "what it is"], rows)

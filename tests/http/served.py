@@ -236,12 +236,17 @@ async def open_served(
     *,
     loopback_only: bool = True,
     settings: BarrierSettings | None = None,
+    **serving: Any,
 ) -> AsyncIterator[Served]:
-    """A served app for the block. At its end the counters agree, and nothing waits or is in flight any more."""
+    """A served app for the block. At its end the counters agree, and nothing waits or is in flight any more.
+
+    Args:
+        serving: what else `open_server` takes.
+    """
     async with AsyncExitStack() as stack:
         broker = await stack.enter_async_context(open_broker(store, config or BrokerConfig()))
         app = create_app(broker, loopback_only=loopback_only)
-        server = await stack.enter_async_context(open_server(app, settings))
+        server = await stack.enter_async_context(open_server(app, settings, **serving))
         yield Served(server, broker, app)
         check_counters(broker)
     now = broker.statistics()

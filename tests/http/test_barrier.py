@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import ssl
-from pathlib import Path
 from typing import Any
 
 import h2.config
@@ -13,9 +11,8 @@ import h2.errors
 import pytest
 import trio
 import trio.testing
-import trustme
 
-from tests.http.wire import Wire, http_app, open_server, request_bytes, send_until_stuck
+from tests.http.wire import http_app, open_server, request_bytes, send_until_stuck
 from wakecall.http.barrier import BarrierSettings, _Waits
 from wakecall.http.protocol import Http11
 
@@ -659,35 +656,3 @@ async def test_a_head_that_trickles_in_is_given_up(mock_clock: trio.testing.Mock
             assert await wire.read_to_end() == b""
 
 
-async def test_tls_speaks_http_1_1_and_survives_those_who_do_not(tmp_path: Path) -> None:
-    """Never HTTP/2 by ALPN; a plain request, or none, does no harm; a cut is a cut."""
-    authority = trustme.CA()
-    issued = authority.issue_cert("localhost")
-    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
-    issued.cert_chain_pems[0].write_to_path(certificate)
-    issued.private_key_pem.write_to_path(key)
-
-    @http_app
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["path"] == "/cut":
-            await start_stream(send)
-            await send({"type": "http.response.body", "body": b"some", "more_body": True})
-            return
-        await answer(send, b"x" * MIB)
-
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    context.set_alpn_protocols(["h2", "http/1.1"])
-    async with open_server(app, BarrierSettings(grace_s=0.1), certificate=(certificate, key)) as server:
-        async with server.connect() as plain:
-            await plain.send(request_bytes("GET", "/"))
-            await plain.read_to_end()
-        for path, cut, length in (("/", False, MIB), ("/cut", True, 4), ("/", False, MIB)):
-            tcp = await trio.open_tcp_stream("127.0.0.1", server.port)
-            async with trio.SSLStream(tcp, context, server_hostname="localhost", https_compatible=True) as stream:
-                await stream.do_handshake()
-                assert stream.selected_alpn_protocol() == "http/1.1"
-                wire = Wire(stream)  # type: ignore[arg-type]
-                await wire.send(request_bytes("GET", path))
-                served = await wire.read_answer()
-                assert (served.is_cut, len(served.body)) == (cut, length)

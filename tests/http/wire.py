@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -17,8 +19,9 @@ import trio.testing
 from wakecall.http.barrier import Barrier, BarrierSettings, barrier_of
 from wakecall.http.server import hypercorn_config, serve_app
 from wakecall.http.sockets import bind
+from wakecall.http.tls import Certificates
 
-__all__ = ["Answer", "Server", "Wire", "http_app", "open_server", "request_bytes", "send_until_stuck"]
+__all__ = ["Answer", "Server", "TlsWire", "Wire", "http_app", "open_server", "request_bytes", "send_until_stuck"]
 
 #: No test here waits longer for a real socket.
 PATIENCE_S = 15.0
@@ -139,6 +142,33 @@ class Wire:
         return await self.read_answer(method)
 
 
+class TlsWire(Wire):
+    """The same inside TLS; its ends are TCP's, and one of TLS's own.
+
+    Args:
+        stream: whose handshake is done.
+    """
+
+    stream: Any
+
+    def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+        super().__init__(stream)  # type: ignore[arg-type]
+        self.tcp = stream.transport_stream
+
+    async def half_close(self) -> None:
+        """FIN, without a word."""
+        await self.tcp.send_eof()
+
+    async def say_goodbye(self) -> None:
+        """close_notify; TCP stays open."""
+        with contextlib.suppress(trio.BrokenResourceError):
+            await self.stream.unwrap()
+
+    def reset(self) -> None:
+        self.tcp.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.tcp.socket.close()
+
+
 async def send_until_stuck(send: Callable[[], Awaitable[None]]) -> None:
     """Call `send` again and again, until all that is between it and its reader is full and nothing moves any more."""
     async with trio.open_nursery() as nursery:
@@ -154,18 +184,19 @@ async def send_until_stuck(send: Callable[[], Awaitable[None]]) -> None:
 
 @dataclass
 class Server:
-    """A server that runs, and what a test does to it."""
+    """A server that runs, and what a test does to it. With `trust`, clients speak TLS with that."""
 
     port: int
     barrier: Barrier
     stop: Callable[[], None]
     wait_stopped: Callable[[], Any]
+    trust: ssl.SSLContext | None = None
 
     @asynccontextmanager
     async def connect(
-        self, *, receive_buffer: int | None = None, send_buffer: int | None = None
+        self, *, receive_buffer: int | None = None, send_buffer: int | None = None, raw: bool = False
     ) -> AsyncIterator[Wire]:
-        """A connection, closed at the end. Buffers in bytes, for peers that should soon be full."""
+        """A connection, closed at the end. Buffers in bytes, for peers that should soon be full; `raw` is without TLS."""
         sock = trio.socket.socket()
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -173,7 +204,12 @@ class Server:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         await sock.connect(("127.0.0.1", self.port))
         async with trio.SocketStream(sock) as stream:
-            yield Wire(stream)
+            if self.trust is None or raw:
+                yield Wire(stream)
+                return
+            tls = trio.SSLStream(stream, self.trust, server_hostname="localhost", https_compatible=True)
+            await tls.do_handshake()
+            yield TlsWire(tls)
 
     async def ask(self, method: str, target: str, *headers: str, body: bytes = b"") -> Answer:
         """One ordinary request on a connection of its own."""
@@ -187,7 +223,8 @@ async def open_server(
     settings: BarrierSettings | None = None,
     *,
     patience_s: float = PATIENCE_S,
-    certificate: tuple[str, str] | None = None,
+    certificates: Certificates | None = None,
+    trust: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Server]:
     """Serve `app` on 127.0.0.1, on a free port, for the block; everything in it under one deadline.
 
@@ -195,11 +232,10 @@ async def open_server(
         app: an ASGI app.
         settings: the barrier's.
         patience_s: seconds (of Trio's clock) that the block may take.
-        certificate: paths of a certificate and its key, to serve TLS.
+        certificates: to serve TLS, and
+        trust: for its clients.
     """
-    config = hypercorn_config(settings)
-    if certificate is not None:
-        config.certfile, config.keyfile = certificate
+    config = hypercorn_config(settings, certificates)
     stop, stopped = trio.Event(), trio.Event()
     sockets = bind("127.0.0.1", 0, peer_stall_s=(settings or BarrierSettings()).peer_stall_s)
     port = sockets[0].getsockname()[1]
@@ -211,5 +247,5 @@ async def open_server(
     with trio.fail_after(patience_s):
         async with trio.open_nursery() as nursery:
             await nursery.start(run)
-            yield Server(port, barrier_of(config), stop.set, stopped.wait)
+            yield Server(port, barrier_of(config), stop.set, stopped.wait, trust)
             nursery.cancel_scope.cancel()

@@ -15,8 +15,11 @@ import httpx2
 import msgspec
 
 from ..http.sockets import is_loopback
+from ..publisher.config import shown
+from ..publisher.errors import InvalidConfig
+from ..publisher.trust import describe_tls, trust_for
 from . import VERBS
-from .common import SectionedCommand, broker_option, option, printable
+from .common import ConfigurationError, SectionedCommand, broker_option, option, printable
 
 __all__ = ["age", "command"]
 
@@ -78,13 +81,19 @@ def _fetch(broker: str, path: str) -> tuple[bytes, datetime]:
     if not host:
         raise click.BadParameter("this is no http:// or https:// URL", param_hint="--broker")
     try:
+        verify = trust_for(broker)
+    except InvalidConfig as error:
+        raise ConfigurationError(f"{printable(str(error))}.") from error
+    try:
         # A proxy from the environment has no business between two processes of one machine.
-        with httpx2.Client(timeout=_PATIENCE_S, trust_env=not is_loopback(host)) as client:
+        with httpx2.Client(timeout=_PATIENCE_S, trust_env=not is_loopback(host), verify=verify) as client:
             answer = client.get(broker.rstrip("/") + path)
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        if (tls := describe_tls(error)) is not None:
+            raise click.ClickException(f"There is no secure way to {printable(shown(broker))}: {tls}.") from error
         why = "it took too long" if isinstance(error, httpx2.TimeoutException) else printable(str(error))
         raise click.ClickException(
-            f"No broker answers at {printable(broker)} ({why}). Start one with `wakecall serve`, or name another with"
+            f"No broker answers at {printable(shown(broker))} ({why}). Start one with `wakecall serve`, or name another with"
             " --broker."
         ) from error
     if answer.status_code != 200:
@@ -101,7 +110,7 @@ def _fetch(broker: str, path: str) -> tuple[bytes, datetime]:
 
 
 def _no_broker(broker: str) -> str:
-    return f"What answers at {printable(broker)} is no Wakecall broker. Name one with --broker."
+    return f"What answers at {printable(shown(broker))} is no Wakecall broker. Name one with --broker."
 
 
 def age(then: str | None, now: datetime) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
@@ -17,11 +18,11 @@ import trio
 
 from ..broker import Broker, open_broker
 from ..config import BrokerConfig
-from ..serving import CannotBind, KeysRequired, ServeConfig, Stop, serve
+from ..serving import BadCertificate, CannotBind, KeysRequired, Reload, ServeConfig, Stop, serve
 from ..store import StoreError
 from ..store.sqlite import open_sqlite_store
 from . import VERBS
-from .common import ConfigurationError, F, SectionedCommand, handle_signals, log_options, option
+from .common import ConfigurationError, F, SectionedCommand, handle_signals, log_options, option, printable
 from .logs import configure_logging, log_broker_event
 
 __all__ = ["command"]
@@ -76,19 +77,42 @@ def _setting_options(command: F) -> F:
     is_flag=True,
     help="Listen without keys wherever that is: whoever reaches it may use, replace and delete every model.",
 )
+@option(
+    "--certfile",
+    envvar="WAKECALL_CERTFILE",
+    metavar="PATH",
+    help="Speak TLS, with the certificate (PEM, its chain behind it) in this file. Read again on SIGHUP.",
+)
+@option("--keyfile", envvar="WAKECALL_KEYFILE", metavar="PATH", help="The certificate's key (PEM, without a password).")
 @log_options
 @_setting_options
-def command(host: str, port: int, db: str, is_open: bool, log_level: str, log_format: str, **settings: Any) -> None:
+def command(
+    host: str,
+    port: int,
+    db: str,
+    is_open: bool,
+    certfile: str | None,
+    keyfile: str | None,
+    log_level: str,
+    log_format: str,
+    **settings: Any,
+) -> None:
     """Run a broker: one OpenAI-compatible address for all that publishers publish on it.
 
     The address is printed on stdout as soon as it can be called; what happens then is told on stderr, one line each.
-    SIGINT and SIGTERM stop it: nothing new is taken, what is under way has the grace to end. A second one skips that.
+    SIGINT and SIGTERM stop it: nothing new is taken, what is under way has the grace to end. A second one skips that. With
+    --certfile, SIGHUP has it read the certificate and its key again.
     """
     try:
         config = BrokerConfig(**settings)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    where = ServeConfig(host=host, port=port, open=is_open)
+    try:
+        where = ServeConfig(
+            host=host, port=port, open=is_open, certfile=_expanded(certfile), keyfile=_expanded(keyfile)
+        )
+    except BadCertificate as error:
+        raise ConfigurationError(_sentence(error)) from error
     configure_logging(log_level, log_format)
     _raise_descriptor_limit()
     try:
@@ -99,27 +123,35 @@ def command(host: str, port: int, db: str, is_open: bool, log_level: str, log_fo
         raise click.ClickException(f"{error.strerror or error}.{hint}") from error
     except KeysRequired as error:
         raise ConfigurationError(f"{_sentence(error)} {_first_key_of(db)}, or listen on 127.0.0.1.") from error
+    except BadCertificate as error:
+        raise ConfigurationError(_sentence(error)) from error
     except StoreError as error:
         raise click.ClickException(str(error)) from error
 
 
 async def _run(where: ServeConfig, config: BrokerConfig, db: str) -> None:
-    stop = Stop()
-    failure: CannotBind | KeysRequired | None = None
+    stop, reload = Stop(), Reload()
+    failure: CannotBind | KeysRequired | BadCertificate | None = None
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if where.certfile is not None and hasattr(signal, "SIGHUP"):
+        signals.append(signal.SIGHUP)
 
-    def on_signal(_: int) -> None:
+    def on_signal(number: int) -> None:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            reload.request()
+            return
         if stop.requested:
             logger.info("stopping at once")
         else:
             logger.info("stopping: what is under way has %g s", config.grace_s)
         stop.request()
 
-    async with handle_signals(on_signal), _open_broker(db, config) as broker:
+    async with handle_signals(on_signal, *signals), _open_broker(db, config) as broker:
         broker.add_observer(log_broker_event)
         async with trio.open_nursery() as nursery:
             try:
-                urls = await nursery.start(partial(serve, broker, where, stop=stop))
-            except (CannotBind, KeysRequired) as error:
+                urls = await nursery.start(partial(serve, broker, where, stop=stop, reload=reload))
+            except (CannotBind, KeysRequired, BadCertificate) as error:
                 failure = error
             else:
                 click.echo(f"Wakecall listens on {' and '.join(urls)}")
@@ -128,7 +160,7 @@ async def _run(where: ServeConfig, config: BrokerConfig, db: str) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    text = str(error)
+    text = printable(str(error))
     return f"{text[:1].upper()}{text[1:]}."
 
 
@@ -150,6 +182,10 @@ async def _open_broker(db: str, config: BrokerConfig) -> AsyncIterator[Broker]:
         except StoreError as error:
             raise ConfigurationError(str(error)) from error
         yield broker
+
+
+def _expanded(path: str | None) -> str | None:
+    return path and os.path.expanduser(path)
 
 
 def _raise_descriptor_limit() -> None:

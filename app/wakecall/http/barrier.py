@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import ssl
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from ..errors import RequestTimeout, Unavailable, WakecallError
 from ..faults import place_of
 from .protocol import AppTasks, Http11
 from .refusal import error_body, error_headers, pick_request_id
+from .tls import Certificates
 from .transport import PeerStream
 
 __all__ = ["Barrier", "BarrierSettings", "Connection", "barrier_of", "install_barrier"]
@@ -55,7 +55,7 @@ class BarrierSettings:
     Args:
         peer_stall_s: seconds in which a peer that is written to must take a byte.
         keep_alive_s: seconds that a connection may be idle between requests.
-        head_s: seconds from a head's first byte to its last.
+        head_s: seconds from a head's first byte to its last; over TLS also for the handshake.
         close_drain_s: seconds, and
         close_drain_bytes: bytes, that are read and dropped after an answer that came before its request's end.
         max_header_bytes: a request's head, in all.
@@ -79,10 +79,16 @@ class BarrierSettings:
 
 
 class Barrier:
-    """What the connections of one server share: their settings, the set of them, and whether they are to end."""
+    """What the connections of one server share: their settings, the set of them, and whether they are to end.
 
-    def __init__(self, settings: BarrierSettings | None = None) -> None:
+    Args:
+        settings: the defaults when left out.
+        certificates: to speak TLS with; None: cleartext.
+    """
+
+    def __init__(self, settings: BarrierSettings | None = None, certificates: Certificates | None = None) -> None:
         self.settings = settings or BarrierSettings()
+        self.certificates = certificates
         self.connections: set[Connection] = set()
         # Those without a request under way, the longest so first: they have their last answer, or ask nothing.
         self.leaving: OrderedDict[Connection, None] = OrderedDict()
@@ -256,23 +262,21 @@ class Connection(TCPServer):
 
     async def _run(self) -> None:
         raw: Any = self.stream
-        is_tls = isinstance(raw, trio.SSLStream)
-        self._peer = PeerStream((raw.transport_stream if is_tls else raw).socket, self._settings.peer_stall_s)
+        self._peer = PeerStream(raw.socket, self._settings.peer_stall_s)
+        self.stream = self._peer  # type: ignore[assignment]
+        certificates = self._barrier.certificates
+        is_tls = certificates is not None
         if not self._barrier.make_room():
             await self._turn_away(is_tls)
             return
         self._barrier.connections.add(self)
         self._barrier.idle[self] = None
         try:
-            if is_tls:
-                raw.transport_stream = self._peer
-                with trio.fail_after(self.config.ssl_handshake_timeout):
-                    await raw.do_handshake()
-            else:
-                self.stream = self._peer  # type: ignore[assignment]
             sock = self._peer.socket
             client = parse_socket_addr(sock.family, sock.getpeername())
             server = parse_socket_addr(sock.family, sock.getsockname())
+            if certificates is not None and not await self._shake_hands(certificates):
+                return
             async with AppTasks(self) as tasks:
                 self._http = Http11(
                     self.app,
@@ -290,13 +294,25 @@ class Connection(TCPServer):
                     objection_to=self._barrier.objection_to,
                 )
                 await self._read()
-        except (OSError, ssl.SSLError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-            pass  # the peer went before it could be told from nobody, or did not finish its handshake
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the peer went before it could be told from nobody, or speaks no TLS
         finally:
             self._barrier.connections.discard(self)
             self._barrier.idle.pop(self, None)
             self._barrier.leaving.pop(self, None)
             self._peer.socket.close()
+
+    async def _shake_hands(self, certificates: Certificates) -> bool:
+        """Put TLS between the peer and us. False: it was given up, for time or because the server ends."""
+        tls = trio.SSLStream(self._peer, certificates.context, server_side=True)
+        self._patience.deadline = trio.current_time() + self._settings.head_s
+        if self._barrier.closing:
+            self._patience.cancel()
+        with self._patience as patience:
+            await tls.do_handshake()
+        self._patience = trio.CancelScope(deadline=trio.current_time() + self._settings.keep_alive_s)
+        self.stream = tls  # type: ignore[assignment]
+        return not patience.cancelled_caught
 
     async def _read(self) -> None:
         self._is_greeted = True
@@ -410,8 +426,9 @@ class Connection(TCPServer):
             self._pause = None
 
     async def _close(self) -> None:
-        """Close behind what was written. Over TLS says so first, if the peer takes it at once."""
-        if isinstance(self.stream, trio.SSLStream):
+        """Close behind what was written. Over TLS says so first (close_notify), if the peer takes it at once."""
+        # A write that is stuck would have to end first, and it is this close that ends it.
+        if isinstance(self.stream, trio.SSLStream) and not self.send_lock.locked():
             with trio.move_on_after(self._settings.close_drain_s):
                 await self.stream.aclose()
         self._peer.socket.close()

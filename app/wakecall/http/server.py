@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -14,6 +15,8 @@ from hypercorn.trio.run import worker_serve
 
 from .barrier import Barrier, BarrierSettings, barrier_of, install_barrier
 from .capacity import calm_shortages
+from .sockets import format_url
+from .tls import Certificates
 
 __all__ = ["hypercorn_config", "serve_app"]
 
@@ -22,16 +25,17 @@ hypercorn_logger = logging.getLogger("wakecall.server.hypercorn")
 hypercorn_logger.setLevel(logging.WARNING)
 
 
-def hypercorn_config(settings: BarrierSettings | None = None) -> Config:
+def hypercorn_config(settings: BarrierSettings | None = None, certificates: Certificates | None = None) -> Config:
     """Hypercorn's configuration for one server, with a `Barrier` of its own at `config.wakecall`.
 
     Args:
         settings: what one connection may do.
+        certificates: to serve TLS with; None: cleartext.
     """
     settings = settings or BarrierSettings()
     config = Config()
-    config.wakecall = Barrier(settings)  # type: ignore[attr-defined]
-    config.alpn_protocols = ["http/1.1"]
+    # TLS is the barrier's, not Hypercorn's, which would read the files once, and late.
+    config.wakecall = Barrier(settings, certificates)  # type: ignore[attr-defined]
     # It would run while we answer, too; what a peer may take is bounded elsewhere.
     config.read_timeout = None
     config.keep_alive_timeout = settings.keep_alive_s
@@ -59,7 +63,7 @@ async def serve_app(
 
     Args:
         app: the ASGI app; its lifespan is run.
-        config: from `hypercorn_config`; its barrier serves one run. With a certificate and key set, TLS is spoken.
+        config: from `hypercorn_config`; its barrier serves one run.
         sockets: listening, as `sockets.bind` returns them; closed at the end.
         shutdown_trigger: awaited; its return ends the server.
         task_status: started with the listeners' URLs, once connections are accepted.
@@ -70,6 +74,8 @@ async def serve_app(
     install_barrier()
     barrier = barrier_of(config)
     closing = trio.Event()
+    # Hypercorn hands back what it was given; these are addresses that a client can use.
+    urls = [format_url(sock, is_tls=barrier.certificates is not None) for sock in sockets]
 
     async def wait_trigger() -> None:
         await (shutdown_trigger or trio.sleep_forever)()
@@ -91,15 +97,22 @@ async def serve_app(
                 await worker_serve(
                     ASGIWrapper(app),
                     config,
-                    sockets=Sockets(
-                        secure_sockets=list(sockets) if config.ssl_enabled else [],
-                        insecure_sockets=[] if config.ssl_enabled else list(sockets),
-                        quic_sockets=[],
-                    ),
+                    sockets=Sockets(secure_sockets=[], insecure_sockets=list(sockets), quic_sockets=[]),
                     shutdown_trigger=wait_trigger,
-                    task_status=task_status,
+                    task_status=_Translated(task_status, urls),
                 )
                 nursery.cancel_scope.cancel()
     finally:
         for sock in sockets:
             sock.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Translated(trio.TaskStatus[list[str]]):
+    """A task status that starts with these URLs, whatever it is started with."""
+
+    status: trio.TaskStatus[list[str]]
+    urls: list[str]
+
+    def started(self, value: list[str] | None = None) -> None:
+        self.status.started(self.urls)

@@ -64,11 +64,12 @@ def bind(host: str, port: int, *, peer_stall_s: float = 60.0) -> list[socket.soc
     return listening
 
 
-def format_url(sock: socket.socket) -> str:
-    """The http URL of a listening socket, with an address that a client on this machine can use."""
+def format_url(sock: socket.socket, *, is_tls: bool = False) -> str:
+    """The http or https URL of a listening socket, with an address that a client on this machine can use."""
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - nothing is bound here
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if is_tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _set_options(sock: socket.socket, peer_stall_s: float) -> None:

@@ -85,7 +85,7 @@ async def run_publisher(
         Why it came to its end.
 
     Raises:
-        InvalidConfig: the engine key's variable is not set.
+        InvalidConfig: the engine key's variable is not set, or that of the CAs names what cannot be read.
         StateLocked, StateUnusable: this machine's record of the session is held by another agent or unusable.
         EngineUnreachable, AmbiguousNames: the engine was to be asked for its models.
         KeyRefused, NameTaken, RegistrationRefused: the broker will not have these rows.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import trio
 from ..addresses import is_loopback
 from .config import PublishedModel, PublisherConfig, name_for, shown
 from .errors import AmbiguousNames, EngineUnreachable, InvalidConfig
+from .trust import describe_tls, trust_for
 
 _DECODABLE = frozenset({"", "identity", "gzip", "deflate"})
 
@@ -44,6 +44,9 @@ def open_client(url: str, *, key: str | None, timeout: httpx2.Timeout, keep: int
         key: sent with every request as `Authorization: Bearer`; None: without.
         timeout: for what a request does not say itself.
         keep: idle connections kept for the next request.
+
+    Raises:
+        InvalidConfig: `SSL_CERT_FILE` or `SSL_CERT_DIR` names what cannot be read.
     """
     # Not compressed: what is forwarded is the bytes themselves.
     headers = {"accept-encoding": "identity"}
@@ -55,6 +58,7 @@ def open_client(url: str, *, key: str | None, timeout: httpx2.Timeout, keep: int
         headers=headers,
         timeout=timeout,
         follow_redirects=False,
+        verify=trust_for(url),
         # A proxy from the environment has no business between two processes of one machine.
         trust_env=not is_loopback(urlsplit(url).hostname or ""),
         # Idle connections go before a server's own idle timeout (often 5 s) can race with a request on them.
@@ -199,7 +203,7 @@ async def open_engine(config: PublisherConfig) -> AsyncIterator[Engine]:
     """The engine of a configuration, with a client of its own.
 
     Raises:
-        InvalidConfig: the variable of its key is not set.
+        InvalidConfig: the variable of its key is not set, or that of the CAs names what cannot be read.
     """
     key = config.engine_key()
     # No patience of our own with a slow model: the deadline of each infer bounds it.
@@ -243,9 +247,6 @@ def describe(error: Exception) -> str:
         httpx2.RemoteProtocolError: "the connection ended too early",
         httpx2.NetworkError: "the connection broke",
     }
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLError):
-            return f"TLS failed ({cause.reason or type(cause).__name__})"
-        cause = cause.__cause__ or cause.__context__
+    if (tls := describe_tls(error)) is not None:
+        return tls
     return next((text for kind, text in words.items() if isinstance(error, kind)), type(error).__name__)

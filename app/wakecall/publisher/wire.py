@@ -347,7 +347,7 @@ def _decode(answer: bytes, kind: type[_T]) -> _T:
 
 @asynccontextmanager
 async def open_broker_client(config: PublisherConfig, session_id: str) -> AsyncIterator[BrokerClient]:
-    """The broker of a configuration, with a client of its own."""
+    """The broker of a configuration, with a client of its own. Raises InvalidConfig: see `open_client`."""
     timeout = httpx2.Timeout(config.request_s, connect=config.connect_s)
     async with open_client(config.broker_url, key=config.broker_key, timeout=timeout, keep=64) as client:
         yield BrokerClient(config, session_id, client)
