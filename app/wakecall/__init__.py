@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .keyring import Caller, Claim
     from .local import InferReply
     from .models import InferRequest, Key, LLMSpec, NewKey, Status
-    from .serving import BadCertificate, CannotBind, KeysRequired, Reload, ServeConfig, Stop, serve
+    from .serving import BadCertificate, CannotBind, InvalidOrigin, KeysRequired, Reload, ServeConfig, Stop, serve
     from .session import Channel
     from .store import MemoryStore, Store, StoreError
     from .store.sqlite import open_sqlite_store
@@ -33,6 +33,7 @@ __all__ = [
     "Infer",
     "InferReply",
     "InferRequest",
+    "InvalidOrigin",
     "Key",
     "KeysRequired",
     "LLMSpec",
@@ -67,6 +68,7 @@ _HOMES = {
     "Infer": ".task",
     "InferReply": ".local",
     "InferRequest": ".models",
+    "InvalidOrigin": ".serving",
     "Key": ".models",
     "KeysRequired": ".serving",
     "LLMSpec": ".models",

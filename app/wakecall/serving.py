@@ -18,11 +18,12 @@ from .broker import Broker
 from .http import create_app
 from .http.barrier import BarrierSettings
 from .http.capacity import measure_capacity
+from .http.cors import Cors, InvalidOrigin
 from .http.server import hypercorn_config, serve_app
 from .http.sockets import CannotBind, bind, is_loopback
 from .http.tls import BadCertificate, Certificates
 
-__all__ = ["BadCertificate", "CannotBind", "KeysRequired", "Reload", "ServeConfig", "Stop", "serve"]
+__all__ = ["BadCertificate", "CannotBind", "InvalidOrigin", "KeysRequired", "Reload", "ServeConfig", "Stop", "serve"]
 
 logger = logging.getLogger("wakecall.server")
 
@@ -57,9 +58,12 @@ class ServeConfig:
         open: listen without keys on addresses that others can reach, and answer to any `Host`.
         certfile: path of a certificate in PEM form, with those between it and the root behind it; None: no TLS.
         keyfile: path of the certificate's key in PEM form, without a password.
+        cors: origins whose web pages may call what is under `/v1`, such as `https://chat.example.com`; `*` for all, but
+            without keys each has to be named. Empty: none.
 
     Raises:
         BadCertificate: a certificate without its key, or a key without its certificate.
+        InvalidOrigin: what is in `cors` is none.
     """
 
     host: str = "127.0.0.1"
@@ -70,11 +74,13 @@ class ServeConfig:
     open: bool = False
     certfile: str | None = None
     keyfile: str | None = None
+    cors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.certfile is None) != (self.keyfile is None):
             given, missing = ("certfile", "keyfile") if self.keyfile is None else ("keyfile", "certfile")
             raise BadCertificate(f"TLS needs a certificate and its key: {given} is given, and {missing} is not")
+        Cors.of(self.cors)
 
 
 @dataclass(slots=True)
@@ -181,8 +187,8 @@ async def serve(
         if reload is not None and certificates is not None:
             nursery.start_soon(_reload_when_asked, reload, certificates)
         await serve_app(
-            create_app(broker, loopback_only=not config.open),
-            hypercorn_config(settings, certificates),
+            create_app(broker, loopback_only=not config.open, cors=config.cors),
+            hypercorn_config(settings, certificates, Cors.of(config.cors)),
             listening,
             shutdown_trigger=wait_drained,
             task_status=task_status,

@@ -247,6 +247,8 @@ async def test_one_broker_to_a_file(tmp_path: Path) -> None:
         (["--port", "65536"], {}, "--port"),
         ([], {"WAKECALL_PORT": "http"}, "WAKECALL_PORT"),
         (["--log-level", "loud"], {}, "--log-level"),
+        (["--cors", "https://a.example/"], {}, "'https://a.example/' is no origin: nothing stands behind"),
+        ([], {"WAKECALL_CORS": "https://a.example b.example"}, "'b.example' is no origin: it has no scheme"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(
@@ -270,6 +272,22 @@ def test_every_setting_of_the_broker_is_an_option() -> None:
         assert option.default == each.default
         assert option.help is not None
         assert each.metadata["doc"][1:] in option.help
+
+
+async def test_pages_of_the_origins_that_are_given_may_call(tmp_path: Path) -> None:
+    """More than one, by option or by variable; also when the answer is given before the app sees the request."""
+    for args, variables in (
+        (("--cors", "https://a.example", "--cors", "https://b.example"), {}),
+        ((), {"WAKECALL_CORS": "https://a.example  https://b.example"}),
+    ):
+        async with run_wakecall(*MEMORY, *args, state=tmp_path, **variables) as serve:
+            async with httpx2.AsyncClient(base_url=await serve.url()) as http:
+                for page in ("https://a.example", "https://b.example"):
+                    for headers in ({}, {"upgrade": "websocket"}):
+                        answer = await http.get("/v1/models", headers={"origin": page, **headers})
+                        assert answer.status_code == (400 if headers else 200)
+                        assert answer.headers["access-control-allow-origin"] == page
+                assert (await http.get("/v1/models", headers={"origin": "https://c.example"})).status_code == 403
 
 
 async def test_a_setting_reaches_the_broker(tmp_path: Path) -> None:

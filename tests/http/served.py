@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from wakecall.broker import Broker, open_broker
 from wakecall.config import BrokerConfig
 from wakecall.http import create_app
 from wakecall.http.barrier import BarrierSettings
+from wakecall.http.cors import Cors
 from wakecall.store import Store
 
 HOST = "127.0.0.1"
@@ -235,6 +236,7 @@ async def open_served(
     store: Store | None = None,
     *,
     loopback_only: bool = True,
+    cors: Sequence[str] = (),
     settings: BarrierSettings | None = None,
     **serving: Any,
 ) -> AsyncIterator[Served]:
@@ -245,8 +247,8 @@ async def open_served(
     """
     async with AsyncExitStack() as stack:
         broker = await stack.enter_async_context(open_broker(store, config or BrokerConfig()))
-        app = create_app(broker, loopback_only=loopback_only)
-        server = await stack.enter_async_context(open_server(app, settings, **serving))
+        app = create_app(broker, loopback_only=loopback_only, cors=cors)
+        server = await stack.enter_async_context(open_server(app, settings, cors=Cors.of(cors), **serving))
         yield Served(server, broker, app)
         check_counters(broker)
     now = broker.statistics()

@@ -17,6 +17,7 @@ import trio
 import trio.testing
 
 from wakecall.http.barrier import Barrier, BarrierSettings, barrier_of
+from wakecall.http.cors import Cors
 from wakecall.http.server import hypercorn_config, serve_app
 from wakecall.http.sockets import bind
 from wakecall.http.tls import Certificates
@@ -225,6 +226,7 @@ async def open_server(
     patience_s: float = PATIENCE_S,
     certificates: Certificates | None = None,
     trust: ssl.SSLContext | None = None,
+    cors: Cors | None = None,
 ) -> AsyncIterator[Server]:
     """Serve `app` on 127.0.0.1, on a free port, for the block; everything in it under one deadline.
 
@@ -234,8 +236,9 @@ async def open_server(
         patience_s: seconds (of Trio's clock) that the block may take.
         certificates: to serve TLS, and
         trust: for its clients.
+        cors: the barrier's.
     """
-    config = hypercorn_config(settings, certificates)
+    config = hypercorn_config(settings, certificates, cors)
     stop, stopped = trio.Event(), trio.Event()
     sockets = bind("127.0.0.1", 0, peer_stall_s=(settings or BarrierSettings()).peer_stall_s)
     port = sockets[0].getsockname()[1]

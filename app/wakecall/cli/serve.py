@@ -18,7 +18,7 @@ import trio
 
 from ..broker import Broker, open_broker
 from ..config import BrokerConfig
-from ..serving import BadCertificate, CannotBind, KeysRequired, Reload, ServeConfig, Stop, serve
+from ..serving import BadCertificate, CannotBind, InvalidOrigin, KeysRequired, Reload, ServeConfig, Stop, serve
 from ..store import StoreError
 from ..store.sqlite import open_sqlite_store
 from . import VERBS
@@ -84,6 +84,14 @@ def _setting_options(command: F) -> F:
     help="Speak TLS, with the certificate (PEM, its chain behind it) in this file. Read again on SIGHUP.",
 )
 @option("--keyfile", envvar="WAKECALL_KEYFILE", metavar="PATH", help="The certificate's key (PEM, without a password).")
+@option(
+    "--cors",
+    envvar="WAKECALL_CORS",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let web pages of this origin, such as https://chat.example.com, call what is under /v1; * for all. May be given"
+    " more than once; in the variable, with spaces between.",
+)
 @log_options
 @_setting_options
 def command(
@@ -93,6 +101,7 @@ def command(
     is_open: bool,
     certfile: str | None,
     keyfile: str | None,
+    cors: tuple[str, ...],
     log_level: str,
     log_format: str,
     **settings: Any,
@@ -109,8 +118,10 @@ def command(
         raise click.UsageError(str(error)) from error
     try:
         where = ServeConfig(
-            host=host, port=port, open=is_open, certfile=_expanded(certfile), keyfile=_expanded(keyfile)
+            host=host, port=port, open=is_open, certfile=_expanded(certfile), keyfile=_expanded(keyfile), cors=cors
         )
+    except InvalidOrigin as error:
+        raise click.BadParameter(printable(f"{error}."), param_hint="--cors") from error
     except BadCertificate as error:
         raise ConfigurationError(_sentence(error)) from error
     configure_logging(log_level, log_format)

@@ -95,9 +95,9 @@ def json_answer(value: object, status: int = 200, headers: Mapping[str, str] | N
     return Answer(msgspec.json.encode(value), status, _plain(headers), content_type=_JSON)
 
 
-def no_content() -> Answer:
+def no_content(headers: Mapping[str, str] | None = None) -> Answer:
     """204: it is done, and there is nothing to say."""
-    answer = Answer(b"", 204)
+    answer = Answer(b"", 204, _plain(headers))
     del answer.headers["Content-Length"]
     return answer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import trio
@@ -17,9 +18,10 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 from ..broker import Broker
 from ..errors import NotFound, WakecallError
 from .admin import add_admin_routes
-from .answers import Answer, StreamBody, error_answer
+from .answers import Answer, StreamBody, error_answer, no_content
 from .auth import refuse_foreign
 from .client import add_client_routes
+from .cors import Cors
 from .errors import from_http_exception
 from .guard import BodyBudget, Guard, GuardSettings
 from .ops import add_ops_routes
@@ -28,7 +30,7 @@ from .publisher import add_publisher_routes
 __all__ = ["create_app"]
 
 
-def create_app(broker: Broker, *, loopback_only: bool = True) -> QuartTrio:
+def create_app(broker: Broker, *, loopback_only: bool = True, cors: Iterable[str] = ()) -> QuartTrio:
     """An app over a broker that is open, and stays so while the app is served. One app for one broker.
 
     Serve it with `wakecall.http.server.serve_app`: the guard leans on what that puts beneath it.
@@ -38,10 +40,16 @@ def create_app(broker: Broker, *, loopback_only: bool = True) -> QuartTrio:
         loopback_only: while the broker has no keys, refuse a `Host` or an `Origin` that is not this machine's loopback
             (403). False only behind a server of your own that decides who may call: without keys every caller may do
             everything.
+        cors: origins whose pages may call what is under `/v1`, such as `https://chat.example.com`; `*` for all of them,
+            but not past that refusal: then each has to be named.
+
+    Raises:
+        InvalidOrigin: one of them is none.
     """
     app = _App(__name__, static_folder=None, template_folder=None)
     app.broker = broker
     app.loopback_only = loopback_only
+    app.cors = Cors.of(cors)
     app.debug = False  # Quart would take it from the environment, and show every traceback to the peer
     app.config.update(
         MAX_CONTENT_LENGTH=None,  # bodies are the guard's
@@ -61,6 +69,7 @@ def create_app(broker: Broker, *, loopback_only: bool = True) -> QuartTrio:
         app.asgi_app,
         GuardSettings(body_stall_s=config.peer_stall_s),
         BodyBudget(config.max_held_bytes),
+        app.cors,
     )
     app.asgi_app = guard  # type: ignore[method-assign, assignment]
     return app
@@ -101,15 +110,25 @@ class _App(QuartTrio):
     session_interface = _NoSessions()  # type: ignore[assignment]
     broker: Broker
     loopback_only = True
+    cors: Cors | None = None
 
     async def handle_request(self, request: Request) -> Response | WerkzeugResponse:
+        path = request.scope["path"]
+        origins = request.headers.getlist("origin")
+        if self.cors is not None and self.cors.names(path, origins):
+            origins = []
         try:
             if self.loopback_only and self.broker.is_open:
                 host = request.headers.get("host")
                 if not host and request.http_version == "1.0":
                     host = None  # old probes send none, and Quart makes that an empty one
-                refuse_foreign(host, request.headers.getlist("origin"))
-            if request.scope["path"].startswith("//"):
+                refuse_foreign(host, origins)
+            if self.cors is not None:
+                # Before anything asks for a key: a browser sends none along with this question.
+                allowed = self.cors.preflight(request.method, path, request.scope["headers"])
+                if allowed is not None:
+                    return no_content(allowed)
+            if path.startswith("//"):
                 # Werkzeug looks past the second slash; whoever else reads the path does not.
                 raise NotFound
             return await super().handle_request(request)

@@ -33,6 +33,7 @@ from hypercorn.utils import parse_socket_addr
 
 from ..errors import RequestTimeout, Unavailable, WakecallError
 from ..faults import place_of
+from .cors import Cors
 from .protocol import AppTasks, Http11
 from .refusal import error_body, error_headers, pick_request_id
 from .tls import Certificates
@@ -84,11 +85,18 @@ class Barrier:
     Args:
         settings: the defaults when left out.
         certificates: to speak TLS with; None: cleartext.
+        cors: what browsers are told with a refusal; None: nothing.
     """
 
-    def __init__(self, settings: BarrierSettings | None = None, certificates: Certificates | None = None) -> None:
+    def __init__(
+        self,
+        settings: BarrierSettings | None = None,
+        certificates: Certificates | None = None,
+        cors: Cors | None = None,
+    ) -> None:
         self.settings = settings or BarrierSettings()
         self.certificates = certificates
+        self.cors = cors
         self.connections: set[Connection] = set()
         # Those without a request under way, the longest so first: they have their last answer, or ask nothing.
         self.leaving: OrderedDict[Connection, None] = OrderedDict()
@@ -290,6 +298,7 @@ class Connection(TCPServer):
                     self.protocol_send,
                     max_header_bytes=self._settings.max_header_bytes,
                     max_headers=self._settings.max_headers,
+                    cors=self._barrier.cors,
                     is_closing=lambda: self._barrier.closing,
                     objection_to=self._barrier.objection_to,
                 )

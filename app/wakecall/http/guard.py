@@ -29,6 +29,7 @@ import trio
 from ..errors import InternalError, RequestTimeout, RequestTooLarge
 from ..faults import leaves_of, stacks_of
 from .budget import BodyBudget
+from .cors import Cors
 from .refusal import error_body, error_headers, marks_of, pick_request_id
 
 __all__ = ["BodyBudget", "BodyStream", "ClientGone", "Exchange", "Guard", "GuardSettings", "current_exchange_of"]
@@ -79,18 +80,26 @@ class Guard:
         app: the ASGI app to guard.
         settings: bounds for one request.
         budget: shared by every request; one of its own, of 1 GiB, when left out.
+        cors: what browsers are told; None: nothing.
     """
 
-    def __init__(self, app: ASGIApp, settings: GuardSettings | None = None, budget: BodyBudget | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: GuardSettings | None = None,
+        budget: BodyBudget | None = None,
+        cors: Cors | None = None,
+    ) -> None:
         self.app = app
         self.settings = settings or GuardSettings()
         self.budget = budget or BodyBudget()
+        self.cors = cors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send, self.settings, self.budget)
+        exchange = Exchange(scope, receive, send, self)
         scope[EXCHANGE_KEY] = exchange
         try:
             await self.app(scope, exchange._receive_for_app, exchange._send_from_app)
@@ -114,15 +123,16 @@ class Exchange:
     the peer is gone, how far the answer is.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: GuardSettings, budget: BodyBudget) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, guard: Guard) -> None:
         self._receive = receive
         self._send = send
-        self._settings = settings
-        self._budget = budget
+        self._settings = guard.settings
+        self._budget = guard.budget
         self._connection: _Connection | None = (scope.get("extensions") or {}).get("wakecall.connection")
         self._path: str = scope["path"]
         headers = scope["headers"]
         self._request_id = self._connection.request_id if self._connection else pick_request_id(headers)
+        self._marks = guard.cors.marks(self._path, headers) if guard.cors is not None else []
         self._declared_bytes, self._expects_continue = _framing_of(headers)
 
         self._added_headers: list[tuple[bytes, bytes]] = []
@@ -285,8 +295,7 @@ class Exchange:
             if not self._complete and not self._reading:
                 self._drop_body()
             headers = [pair for pair in message.get("headers", ()) if pair[0].lower() not in _MARKS]
-            headers += marks_of(self._path, self._request_id)
-            headers += self._added_headers
+            headers += marks_of(self._path, self._request_id) + self._marks + self._added_headers
             message = {**message, "headers": headers}
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             if message.get("body"):

@@ -23,6 +23,7 @@ from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.trio.task_group import TaskGroup, _handle
 
 from ..errors import InvalidRequest, MethodNotAllowed, RequestTooLarge, WakecallError
+from .cors import Cors
 from .refusal import Headers, error_body, error_headers, pick_request_id
 
 __all__ = ["PATHS_FOR_PROBES", "AppTasks", "Http11", "Inbox", "objection_to"]
@@ -189,8 +190,10 @@ class Http11(H11Protocol):
     """One connection's HTTP/1.1.
 
     Args:
+        max_header_bytes, max_headers: of a request's head.
         is_closing: whether the server is on its way out, so that no connection is kept alive.
         objection_to: what there is against serving a path just now.
+        cors: what browsers are told with a refusal.
         others: what `H11Protocol` takes.
     """
 
@@ -203,12 +206,15 @@ class Http11(H11Protocol):
         max_headers: int,
         is_closing: Callable[[], bool],
         objection_to: Callable[[str], WakecallError | None],
+        cors: Cors | None = None,
     ) -> None:
         super().__init__(*others)
         self._max_header_bytes = max_header_bytes
         self._max_headers = max_headers
         self._is_closing = is_closing
         self._objection_to = objection_to
+        self._cors = cors
+        self._marks: Headers = []
         self._corked = b""
         self._method = b""
         self._path = ""
@@ -232,6 +238,7 @@ class Http11(H11Protocol):
             body = error_body(error, self._path)
             headers = [
                 *error_headers(error, body, self._path, self.request_id or pick_request_id(())),
+                *self._marks,
                 (b"connection", b"close"),
                 *self.config.response_headers("h11"),
             ]
@@ -341,6 +348,8 @@ class Http11(H11Protocol):
         self.request_id = pick_request_id(request.headers)
         self._method = request.method
         self._path = request.target.partition(b"?")[0].decode("ascii")
+        if self._cors is not None:
+            self._marks = self._cors.marks(self._path, request.headers)
         objection = objection_to(request, self._max_header_bytes, self._max_headers)
         if objection is not None:
             await self.refuse(objection)
@@ -381,7 +390,7 @@ class Http11(H11Protocol):
         both_done = self.connection.our_state is h11.DONE and self.connection.their_state is h11.DONE
         if both_done and not self._is_closing():
             self._start_next_cycle()
-            self.request_id, self._method, self._path = b"", b"", ""
+            self.request_id, self._method, self._path, self._marks = b"", b"", "", []
             await self.send(Updated(idle=True))
         else:
             await self.send(Closed())

@@ -15,6 +15,7 @@ from hypercorn.trio.run import worker_serve
 
 from .barrier import Barrier, BarrierSettings, barrier_of, install_barrier
 from .capacity import calm_shortages
+from .cors import Cors
 from .sockets import format_url
 from .tls import Certificates
 
@@ -25,17 +26,20 @@ hypercorn_logger = logging.getLogger("wakecall.server.hypercorn")
 hypercorn_logger.setLevel(logging.WARNING)
 
 
-def hypercorn_config(settings: BarrierSettings | None = None, certificates: Certificates | None = None) -> Config:
+def hypercorn_config(
+    settings: BarrierSettings | None = None, certificates: Certificates | None = None, cors: Cors | None = None
+) -> Config:
     """Hypercorn's configuration for one server, with a `Barrier` of its own at `config.wakecall`.
 
     Args:
         settings: what one connection may do.
         certificates: to serve TLS with; None: cleartext.
+        cors: the app's own, for what is refused before the app sees it.
     """
     settings = settings or BarrierSettings()
     config = Config()
     # TLS is the barrier's, not Hypercorn's, which would read the files once, and late.
-    config.wakecall = Barrier(settings, certificates)  # type: ignore[attr-defined]
+    config.wakecall = Barrier(settings, certificates, cors)  # type: ignore[attr-defined]
     # It would run while we answer, too; what a peer may take is bounded elsewhere.
     config.read_timeout = None
     config.keep_alive_timeout = settings.keep_alive_s
