@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,6 +145,29 @@ async def test_without_its_key_a_caller_gets_the_brokers_own_answer(stage: Stage
     answer = await stage.ask("PUT", "/publisher/v1/sessions/x", *stage.headers, JSON, body=b'{"llms":[]}')
     assert (answer.status, answer.code) == (403, "forbidden")
     assert (await stage.ask("GET", "/v1/models", *stage.headers)).json["data"] == []
+
+
+async def test_an_early_answer_overtakes_an_upload(stage: Stage) -> None:
+    """A key that opens nothing, and a task that is over: said before the body is read, and heard by who still sends it."""
+    for headers, path, status in (
+        ((), CHAT, 401),
+        ((f"authorization: Bearer {stage.broker_key}",), "/publisher/v1/tasks/gone/result", 404),
+    ):
+        for framing in ("content-length: 20971520", "transfer-encoding: chunked"):
+            async with stage.proxy.connect() as wire, trio.open_nursery() as nursery:
+                await wire.send(request_bytes("POST", path, *headers, framing, host=HOST))
+                piece = b"10000\r\n" + bytes(65536) + b"\r\n" if "chunked" in framing else bytes(65536)
+
+                async def upload(wire: TlsWire = wire, piece: bytes = piece) -> None:
+                    with suppress(trio.BrokenResourceError):
+                        for _ in range(320):
+                            await wire.send(piece)
+
+                nursery.start_soon(upload)
+                answer = await wire.read_answer("POST")
+                assert (answer.status, answer.is_cut) == (status, False)
+                assert answer.json["error"]["code"] in ("invalid_api_key", "task_not_found")
+                nursery.cancel_scope.cancel()
 
 
 async def test_a_stream_passes_event_by_event(stage: Stage) -> None:
@@ -295,6 +318,7 @@ async def test_caddy_does_the_same(tmp_path: Path, authority: Authority) -> None
         await test_without_its_key_a_caller_gets_the_brokers_own_answer(stage)
         await test_what_is_not_for_the_world_is_not_there(stage)
         await test_a_plain_call_passes(stage)
+        await test_an_early_answer_overtakes_an_upload(stage)
         await test_a_stream_passes_event_by_event(stage)
         await test_a_large_plain_answer_is_not_collected_either(stage)
         await test_large_bodies_pass_whole_both_ways("stream", stage)
