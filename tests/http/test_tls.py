@@ -134,14 +134,24 @@ async def test_a_handshake_that_stands_still_is_cut(
 
 
 async def test_a_connection_too_many_is_cut_before_its_handshake(open_tls_server: Open) -> None:
-    """Words would cost a handshake. When another leaves, there is room again."""
-    async with open_tls_server(hello, BarrierSettings(max_connections=1)) as server:
+    """Words would cost a handshake. When the one that is busy has its answer, there is room again."""
+    busy, release = trio.Event(), trio.Event()
+
+    @http_app
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/wait":
+            busy.set()
+            await release.wait()
+        await hello(scope, receive, send)
+
+    async with open_tls_server(app, BarrierSettings(max_connections=1)) as server:
         async with server.connect() as first:
-            assert (await first.ask("GET", "/")).status == 200
+            await first.send(request_bytes("GET", "/wait"))
+            await busy.wait()
             async with server.connect(raw=True) as wire:
                 assert await wire.read_to_end() == b""
-            assert (await first.ask("GET", "/")).status == 200
-        await wait_until(lambda: not server.barrier.connections)
+            release.set()
+            assert (await first.read_answer()).status == 200
         assert (await server.ask("GET", "/")).status == 200
 
 
