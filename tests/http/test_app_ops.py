@@ -180,9 +180,26 @@ async def test_a_foreign_origin_reaches_no_publisher(served: Served) -> None:
         assert served.broker.statistics().accepted == 0
 
 
-async def test_behind_a_server_of_ones_own_every_host_is_fine() -> None:
+@pytest.mark.parametrize(
+    ("origins", "status"),
+    [
+        ((), 200),
+        (("origin: https://b.example:8080",), 200),
+        (("origin: http://B.example:8080",), 200),
+        (("origin: http://localhost:3000",), 200),
+        (("origin: https://a.example",), 403),
+        (("origin: https://b.example",), 403),
+        (("origin: null",), 403),
+        (("origin: https://b.example:8080", "origin: https://a.example"), 403),
+    ],
+)
+async def test_behind_a_server_of_ones_own_every_host_is_fine_but_no_page_from_elsewhere(
+    origins: tuple[str, ...], status: int
+) -> None:
+    """A page that somebody in the same network has open could call with his browser: without keys that is enough."""
     async with open_served(loopback_only=False) as served:
-        assert (await served.ask("GET", "/healthz", "origin: https://a.example", host="b.example")).status == 200
+        assert (await served.ask("GET", "/healthz", *origins, host="b.example:8080")).status == status
+        assert (await served.ask("POST", "/admin/v1/sweep", *origins, host="b.example:8080")).status == status
 
 
 @pytest.mark.parametrize("host", ["", "a b", "[", "a:b:c", "%", "x" * 300, "xn--\xff"])

@@ -654,5 +654,3 @@ async def test_a_head_that_trickles_in_is_given_up(mock_clock: trio.testing.Mock
             timeout = await wire.read_answer()
             assert (timeout.status, timeout.code) == (408, "request_timeout")
             assert await wire.read_to_end() == b""
-
-

@@ -135,11 +135,16 @@ async def test_down_every_route(caplog: pytest.LogCaptureFixture, db: Path) -> N
                 f"wakecall-offset: {PROMPT}",
                 f"range: {own}",
             )
-            for body, kind in bodies():
+            for number, (body, kind) in enumerate(bodies()):
+                # A refused key's body is not read: two of those show as much as all.
                 for key in (
-                    f"authorization: Bearer {own}",
-                    f"x-api-key: {other}",
-                    f"authorization: Bearer {STRANGE_KEY}",
+                    (f"authorization: Bearer {own}",)
+                    if number > 1
+                    else (
+                        f"authorization: Bearer {own}",
+                        f"x-api-key: {other}",
+                        f"authorization: Bearer {STRANGE_KEY}",
+                    )
                 ):
                     query = f"{target}?key={own}&prompt={PROMPT}"
                     watch.note(await served.ask(method, query, key, kind, *odd, body=body if method != "HEAD" else b""))

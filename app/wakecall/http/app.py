@@ -19,7 +19,7 @@ from ..broker import Broker
 from ..errors import NotFound, WakecallError
 from .admin import add_admin_routes
 from .answers import Answer, StreamBody, error_answer, no_content
-from .auth import refuse_foreign
+from .auth import refuse_foreign, refuse_other_origins
 from .client import add_client_routes
 from .cors import Cors
 from .errors import from_http_exception
@@ -39,7 +39,7 @@ def create_app(broker: Broker, *, loopback_only: bool = True, cors: Iterable[str
         broker: from `open_broker`; its config bounds the bodies.
         loopback_only: while the broker has no keys, refuse a `Host` or an `Origin` that is not this machine's loopback
             (403). False only behind a server of your own that decides who may call: without keys every caller may do
-            everything.
+            everything. Then any `Host` is fine, and an `Origin` that is the same.
         cors: origins whose pages may call what is under `/v1`, such as `https://chat.example.com`; `*` for all of them,
             but not past that refusal: then each has to be named.
 
@@ -118,11 +118,11 @@ class _App(QuartTrio):
         if self.cors is not None and self.cors.names(path, origins):
             origins = []
         try:
-            if self.loopback_only and self.broker.is_open:
+            if self.broker.is_open:
                 host = request.headers.get("host")
                 if not host and request.http_version == "1.0":
                     host = None  # old probes send none, and Quart makes that an empty one
-                refuse_foreign(host, origins)
+                (refuse_foreign if self.loopback_only else refuse_other_origins)(host, origins)
             if self.cors is not None:
                 # Before anything asks for a key: a browser sends none along with this question.
                 allowed = self.cors.preflight(request.method, path, request.scope["headers"])

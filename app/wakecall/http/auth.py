@@ -23,7 +23,7 @@ from ..keyring import Caller
 from ..models import Role
 from .sockets import is_loopback
 
-__all__ = ["authenticate", "refuse_foreign"]
+__all__ = ["authenticate", "refuse_foreign", "refuse_other_origins"]
 
 logger = logging.getLogger("wakecall.server")
 
@@ -89,6 +89,22 @@ def refuse_foreign(host: str | None, origins: Iterable[str]) -> None:
     for origin in origins:
         found = _ORIGIN.fullmatch(origin)
         if found is None or not _is_ours(found[1]):
+            raise Forbidden("This broker is open, so it takes no requests from pages of other origins.")
+
+
+def refuse_other_origins(host: str | None, origins: Iterable[str]) -> None:
+    """Let no web page pass that was not loaded from here: it would call on its visitor's account, who knows nothing of it.
+
+    Args:
+        host: the `Host` header.
+        origins: every `Origin` header; programs send none.
+
+    Raises:
+        Forbidden: one of them is neither this server's own nor this machine's loopback.
+    """
+    for origin in origins:
+        found = _ORIGIN.fullmatch(origin)
+        if found is None or not (found[1].lower() == (host or "").lower() or _is_ours(found[1])):
             raise Forbidden("This broker is open, so it takes no requests from pages of other origins.")
 
 
