@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+from urllib.parse import urlsplit
 
-__all__ = ["is_loopback"]
+__all__ = ["has_credentials", "is_loopback", "shown"]
 
 
 def is_loopback(host: str) -> bool:
@@ -22,3 +23,14 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
+
+
+def has_credentials(url: str) -> bool:
+    """Whether a user name or a password stands in `url`: an HTTP client sends them as `Authorization: Basic`."""
+    return "@" in urlsplit(url).netloc
+
+
+def shown(url: str) -> str:
+    """`url` without user name and password, fit for a message or a file."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final, get_args
 
+from .addresses import has_credentials
 from .models import Role
 
 __all__ = [
@@ -21,9 +22,12 @@ __all__ = [
     "ROLES",
     "digest_of",
     "format_key",
+    "header_for",
     "is_owner",
     "is_pattern",
+    "is_presentable",
     "matcher_of",
+    "role_of",
 ]
 
 ENTROPY_BYTES: Final = 32
@@ -32,6 +36,7 @@ MAX_PATTERNS: Final = 64
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
 _OWNER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
+_PRESENTABLE: Final = re.compile(r"[!-~]{1,1024}")
 _PATTERN: Final = re.compile(r"[A-Za-z0-9._:@/*-]{1,128}")
 
 
@@ -57,6 +62,28 @@ def digest_of(key: str) -> str:
         key: whatever a caller presents as one.
     """
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def is_presentable(text: str) -> bool:
+    """Whether `text` can be sent as a key, whoever made it: 1 to 1,024 printable ASCII characters without a space."""
+    return _PRESENTABLE.fullmatch(text) is not None
+
+
+def header_for(key: str, url: str) -> dict[str, str]:
+    """The header in which a key goes to the broker at `url` (protocol.md, Conventions).
+
+    A user name in the URL is a proxy's: it takes up `Authorization`, so that the key has to come in the other one.
+
+    Args:
+        key: as `is_presentable` has it.
+        url: what will be called.
+    """
+    return {"x-api-key": key} if has_credentials(url) else {"authorization": f"Bearer {key}"}
+
+
+def role_of(key: str) -> Role | None:
+    """Which role a key says that it has; None: it is none of ours."""
+    return next((role for role in ROLES if key.startswith(f"wakecall_{role}_")), None)
 
 
 def is_owner(text: str) -> bool:

@@ -19,7 +19,7 @@ import trio
 
 from tests.cli.processes import PATIENCE_S, call, environment
 from wakecall import Broker, LLMSpec, ServeConfig, Status, open_broker, serve
-from wakecall.cli.ls import age
+from wakecall.cli.tables import age
 from wakecall.testing import FakePublisher
 
 LONG = "a-name-that-is-" + "rather-" * 14 + "long"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import click
@@ -11,9 +11,25 @@ from wakecall.cli import VERBS, main
 
 
 def command_of(verb: str) -> click.Command:
-    command = main.get_command(click.Context(main), verb)
-    assert command is not None
+    """A verb's command: `ls`, or `keys ls` where the verb is a group."""
+    command: click.Command = main
+    for word in verb.split():
+        assert isinstance(command, click.Group)
+        found = command.get_command(click.Context(command), word)
+        assert found is not None, verb
+        command = found
     return command
+
+
+def _with_their_own(verbs: Sequence[str]) -> Iterator[str]:
+    for verb in verbs:
+        yield verb
+        if isinstance(command := command_of(verb), click.Group):
+            yield from _with_their_own([f"{verb} {each}" for each in command.list_commands(click.Context(command))])
+
+
+#: Every verb, and after a group its own: `keys`, `keys create`, …
+COMMANDS = list(_with_their_own(list(VERBS)))
 
 
 def options_of(verb: str) -> list[click.Option]:
@@ -65,4 +81,6 @@ def _cells(option: click.Option) -> Iterator[str]:
     yield option.help or ""
 
 
-PARTS: dict[str, Callable[[], str]] = {f"options_{verb}": partial(table, verb) for verb in VERBS}
+PARTS: dict[str, Callable[[], str]] = {
+    f"options_{verb.replace(' ', '_')}": partial(table, verb) for verb in COMMANDS if options_of(verb)
+}

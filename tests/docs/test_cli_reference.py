@@ -7,9 +7,9 @@ import re
 import click
 import pytest
 
-from tests.docs.cli_options import command_of, default_of, options_of
+from tests.docs.cli_options import COMMANDS, command_of, default_of, options_of
 from tests.docs.pages import DOCS
-from wakecall.cli import VERBS, main
+from wakecall.cli import main
 
 PAGE = DOCS / "reference" / "cli.md"
 
@@ -21,7 +21,7 @@ def chapter(verb: str) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_every_option_is_documented(verb: str) -> None:
     """By its name, with its variable and its default, in its verb's own chapter."""
     text = chapter(verb)
@@ -33,7 +33,7 @@ def test_every_option_is_documented(verb: str) -> None:
         assert default_of(option) in row
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_what_is_documented_exists(verb: str) -> None:
     """Nor does the page promise an option, or a variable, that is none."""
     text = chapter(verb)
@@ -46,7 +46,15 @@ def test_what_is_documented_exists(verb: str) -> None:
 
 
 def test_every_verb_is_documented_and_no_other() -> None:
-    assert re.findall(r"^## wakecall (\S+)$", PAGE.read_text(), re.MULTILINE) == list(VERBS)
+    assert re.findall(r"^## wakecall (.+)$", PAGE.read_text(), re.MULTILINE) == COMMANDS
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_argument_is_documented(verb: str) -> None:
+    """What stands without a dash, by the name that the usage gives it."""
+    for param in command_of(verb).params:
+        if isinstance(param, click.Argument):
+            assert f"`{param.make_metavar(click.Context(command_of(verb)))}`" in chapter(verb)
 
 
 def test_every_exit_code_is_documented() -> None:
@@ -60,7 +68,7 @@ def test_options_of_the_group_are_documented() -> None:
             assert f"`{name}`" in PAGE.read_text()
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_the_page_says_what_a_verb_is_for(verb: str) -> None:
     """In the words of its help, so that the two do not drift apart."""
     assert command_of(verb).get_short_help_str() in chapter(verb)

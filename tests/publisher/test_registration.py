@@ -52,7 +52,7 @@ async def test_a_refusal_for_good_ends_the_agent(
     stage.broker.on["register"] = refuse(status, code)
     events: list[object] = []
     with pytest.raises(error, match="the reason"):
-        await run_publisher(stage.config(), on_event=events.append)
+        await run_publisher(stage.config(broker_key="k3y"), on_event=events.append)
     assert not events
 
 
@@ -61,7 +61,7 @@ async def test_a_refusal_for_good_ends_an_agent_that_was_registered_before(
     stage: Stage, status: int, code: str, error: type[PublisherError]
 ) -> None:
     """The broker came back without the session, and meanwhile somebody else has the name, say."""
-    publisher, channel = await stage.publish()
+    publisher, channel = await stage.publish(broker_key="k3y")
     stage.broker.on["register"] = refuse(status, code)
     await lose_the_session(stage, channel)
     await publisher.wait_ended()

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wakecall.keys import ROLES, digest_of, format_key, is_owner, is_pattern, matcher_of
+from wakecall.keys import (
+    ROLES,
+    digest_of,
+    format_key,
+    header_for,
+    is_owner,
+    is_pattern,
+    is_presentable,
+    matcher_of,
+    role_of,
+)
 
 NAME_CHARACTERS = "aB9._:@/-"
 
@@ -87,3 +97,28 @@ def test_what_may_be_a_pattern_or_an_owner() -> None:
     assert not any(is_pattern(text) for text in ("", "a b", "a?", "[a]", "é", "a\n", "a" * 129))
     assert all(is_owner(text) for text in ("local", "key_0a", "anna@example.org", "9"))
     assert not any(is_owner(text) for text in ("", "-a", "a/b", "a b", "é", "a\n", "a" * 129))
+
+
+@pytest.mark.parametrize(
+    ("url", "header"),
+    [
+        ("https://broker.example.com", {"authorization": "Bearer k"}),
+        ("https://user:password@broker.example.com", {"x-api-key": "k"}),
+        ("https://user@broker.example.com/below", {"x-api-key": "k"}),
+        ("https://broker.example.com/a@b", {"authorization": "Bearer k"}),
+    ],
+)
+def test_a_key_goes_where_a_proxys_password_does_not(url: str, header: dict[str, str]) -> None:
+    assert header_for("k", url) == header
+
+
+def test_a_key_says_its_role_and_another_says_none() -> None:
+    assert [role_of(format_key(role, bytes(32))) for role in ROLES] == list(ROLES)
+    assert [role_of(key) for key in ("sk-123", "wakecall_", "wakecall_client", "")] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "can"), [("k", True), ("~" * 1024, True), ("~" * 1025, False), ("a b", False), ("é", False)]
+)
+def test_what_can_be_sent_as_a_key(text: str, can: bool) -> None:
+    assert is_presentable(text) is can

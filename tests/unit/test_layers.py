@@ -62,7 +62,7 @@ LAYERS = {
 # The only standard modules of the pure layer.
 PURE_STDLIB = (
     "__future__ base64 collections dataclasses enum functools hashlib ipaddress itertools json math re string"
-    " traceback types typing"
+    " traceback types typing urllib"
 )
 
 # Standard modules that are not for everyone, and the layers that may have them.

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Final, TextIO, TypeVar
 
 import click
 import trio
+
+from ..keys import is_presentable
 
 __all__ = [
     "ConfigurationError",
     "SectionedCommand",
     "broker_option",
     "handle_signals",
+    "key_option",
     "log_options",
     "option",
     "printable",
+    "program",
     "wants_color",
 ]
 
@@ -49,7 +57,8 @@ class SectionedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
+            # Arguments stand in the usage.
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:
                 section = getattr(param, "section", "") or self.default_section
                 sections.setdefault(section, []).append(record)
@@ -79,6 +88,41 @@ def broker_option(command: F) -> F:
         metavar="URL",
         help="The broker's address.",
     )(command)
+
+
+def _key(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    key = (value or "").strip()
+    if key and not is_presentable(key):
+        # Without it in the text: it may be a key with something beside it.
+        raise click.BadParameter("this is no API key: it is of printable ASCII, without spaces", ctx, param)
+    return key or None
+
+
+def key_option(role: str) -> Callable[[F], F]:
+    """`--key`, the same for everyone who calls a broker.
+
+    Args:
+        role: which one the verb needs.
+    """
+    return option(
+        "--key",
+        envvar="WAKECALL_KEY",
+        metavar="KEY",
+        callback=_key,
+        help=f"Your API key at the broker, of role {role}, if it has keys. Better in the variable: others on this machine"
+        " can read command lines.",
+    )
+
+
+def program() -> str:
+    """How a shell calls this program again, as it has been called now."""
+    called = Path(sys.argv[0])
+    if called.stem == "__main__":
+        return f"{shlex.quote(sys.executable)} -m wakecall"
+    found = shutil.which("wakecall")
+    if found is not None and Path(found).resolve() == called.resolve():
+        return "wakecall"
+    return shlex.quote(sys.argv[0])
 
 
 def log_options(command: F) -> F:

@@ -23,6 +23,7 @@ from ..publisher import (
     InferFinished,
     InferStarted,
     InvalidConfig,
+    KeyRefused,
     PublishedModel,
     PublisherConfig,
     PublisherError,
@@ -39,7 +40,16 @@ from ..publisher import (
     run_publisher,
 )
 from . import VERBS
-from .common import ConfigurationError, SectionedCommand, broker_option, handle_signals, log_options, option, printable
+from .common import (
+    ConfigurationError,
+    SectionedCommand,
+    broker_option,
+    handle_signals,
+    key_option,
+    log_options,
+    option,
+    printable,
+)
 from .logs import configure_logging, log_event
 
 __all__ = ["command", "sentence"]
@@ -58,10 +68,24 @@ _REMEDIES: Final = {
     "not_found": "Is --broker the address of a Wakecall broker?",
     "": "Is --broker the address of a Wakecall broker?",
 }
+_A_KEY: Final = (
+    "Have one of role publisher in WAKECALL_KEY. Whoever operates the broker makes it with"
+    " `wakecall keys create publisher`."
+)
+_A_PROXY: Final = "If a proxy wants a password, it stands in the address: --broker https://USER:PASSWORD@HOST."
+_ANOTHER_KEY: Final = (
+    "Publish it under another --name, with --model for the engine's own id of it, or with a key for this name."
+)
+_EVICTED: Final = "An operator of the broker evicted this publisher. Ask there before you start it again."
+_EVICTED_OR_REVOKED: Final = (
+    "The broker ended this publisher's session: its API key has been revoked or has expired, or an operator evicted it."
+    " Ask there for a new key, put it into WAKECALL_KEY, and start it again."
+)
 
 
 @click.command("publish", cls=SectionedCommand, short_help=VERBS["publish"])
 @broker_option
+@key_option("publisher")
 @option(
     "--engine",
     envvar="WAKECALL_ENGINE",
@@ -151,6 +175,7 @@ _REMEDIES: Final = {
 )
 def command(
     broker: str,
+    key: str | None,
     engine: str,
     name: str | None,
     model: str | None,
@@ -173,6 +198,7 @@ def command(
         models = (PublishedModel(name or name_for(model or ""), model),) if name or model else ()
         config = PublisherConfig(
             broker_url=broker,
+            broker_key=key,
             engine_url=engine,
             models=models,
             type=kind,
@@ -190,27 +216,36 @@ def command(
         kind_of_failure = (
             ConfigurationError if error.exit_code == ConfigurationError.exit_code else click.ClickException
         )
-        raise kind_of_failure(_said(error)) from error
+        raise kind_of_failure(_said(error, had_key=key is not None)) from error
     if reason is StopReason.SUPERSEDED:
         raise click.ClickException(
             "Another process publishes with this session id, and took its place. Stop one of the two, or give this one"
             " a --session of its own."
         )
     if reason is StopReason.EVICTED:
-        raise click.ClickException(
-            "An operator of the broker evicted this publisher. Ask there before you start it again."
-        )
+        raise click.ClickException(_EVICTED if key is None else _EVICTED_OR_REVOKED)
 
 
-def _said(error: PublisherError) -> str:
+def _said(error: PublisherError, *, had_key: bool = False) -> str:
     """What went wrong, as a sentence, and which option helps."""
     text = printable(str(error))
     text = f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
     if isinstance(error, StateLocked):
         remedy = _TWO_ON_PURPOSE
+    elif isinstance(error, KeyRefused):
+        remedy = _key_remedy(error, had_key)
     else:
         remedy = _REMEDIES.get(error.code, "") if isinstance(error, RegistrationRefused) else ""
     return f"{text} {remedy}".rstrip()
+
+
+def _key_remedy(error: KeyRefused, had_key: bool) -> str:
+    if not error.code:
+        return _A_PROXY
+    if error.name is not None:
+        return _ANOTHER_KEY
+    # Who has no key and is forbidden has come to an open broker by a foreign name: the broker says so.
+    return _A_KEY if had_key or error.code == "invalid_api_key" else ""
 
 
 async def _run(config: PublisherConfig) -> StopReason | None:

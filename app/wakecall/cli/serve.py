@@ -10,10 +10,9 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import click
-import platformdirs
 import trio
 
 from ..broker import Broker, open_broker
@@ -22,15 +21,22 @@ from ..serving import BadCertificate, CannotBind, InvalidOrigin, KeysRequired, R
 from ..store import StoreError
 from ..store.sqlite import open_sqlite_store
 from . import VERBS
-from .common import ConfigurationError, F, SectionedCommand, handle_signals, log_options, option, printable
+from .common import (
+    ConfigurationError,
+    F,
+    SectionedCommand,
+    handle_signals,
+    log_options,
+    option,
+    printable,
+    program,
+)
+from .database import DEFAULT_DB, IN_MEMORY, default_db
 from .logs import configure_logging, log_broker_event
 
 __all__ = ["command"]
 
 logger = logging.getLogger("wakecall.server")
-
-#: The name that keeps nothing, as SQLite has it.
-_IN_MEMORY: Final = ":memory:"
 
 
 def _setting_options(command: F) -> F:
@@ -66,9 +72,9 @@ def _setting_options(command: F) -> F:
     "--db",
     envvar="WAKECALL_DB",
     metavar="PATH",
-    default=lambda: str(platformdirs.user_state_path("wakecall") / "wakecall.db"),
-    show_default="wakecall.db in your state directory",
-    help=f"The SQLite file in which rows and sessions outlive the broker; {_IN_MEMORY} for none.",
+    default=default_db,
+    show_default=DEFAULT_DB,
+    help=f"The SQLite file in which rows, sessions and keys outlive the broker; {IN_MEMORY} for none.",
 )
 @option(
     "--open",
@@ -176,9 +182,9 @@ def _sentence(error: Exception) -> str:
 
 
 def _first_key_of(db: str) -> str:
-    if db == _IN_MEMORY:
-        return f"Keys are kept in the file that --db names, and {_IN_MEMORY} is none: name one"
-    return f"Make the first with `wakecall keys create admin --db {shlex.quote(db)}`"
+    if db == IN_MEMORY:
+        return f"Keys are kept in the file that --db names, and {IN_MEMORY} is none: name one"
+    return f"Make the first with `{program()} keys create admin --db {shlex.quote(db)}`"
 
 
 @asynccontextmanager
@@ -187,7 +193,7 @@ async def _open_broker(db: str, config: BrokerConfig) -> AsyncIterator[Broker]:
     async with AsyncExitStack() as stack:
         try:
             store = None
-            if db != _IN_MEMORY:
+            if db != IN_MEMORY:
                 store = await stack.enter_async_context(open_sqlite_store(db))
             broker = await stack.enter_async_context(open_broker(store, config))
         except StoreError as error:

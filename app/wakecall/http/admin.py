@@ -16,7 +16,7 @@ from ..models import KeyView, LLMView, Role, SessionView, TaskView, is_llm_name
 from .answers import Answer, json_answer, no_content
 from .calls import begin, read_json
 
-__all__ = ["add_admin_routes"]
+__all__ = ["add_admin_routes", "describe_key"]
 
 _LLM_PATH: Final = "/admin/v1/llms/<path:name>"
 _KEY_ENV: Final = re.compile(r"WAKECALL_UPSTREAM_[A-Z0-9_]+")
@@ -98,7 +98,7 @@ def add_admin_routes(app: Quart, broker: Broker) -> None:
 
     async def list_keys() -> Answer:
         begin(broker, "admin")
-        return json_answer({"data": [_key(view) for view in broker.key_views()]})
+        return json_answer({"data": [describe_key(view) for view in broker.key_views()]})
 
     async def create_key() -> Answer:
         call = begin(broker, "admin")
@@ -117,7 +117,7 @@ def add_admin_routes(app: Quart, broker: Broker) -> None:
             expires_in_s=said.expires_in_s,
         )
         view = KeyView(made.key, 0, expired=False)
-        return json_answer({**_key(view), "key": made.secret}, 201, {"Cache-Control": "no-store"})
+        return json_answer({**describe_key(view), "key": made.secret}, 201, {"Cache-Control": "no-store"})
 
     async def revoke_key(key_id: str) -> Answer:
         begin(broker, "admin")
@@ -199,7 +199,8 @@ def _session(view: SessionView) -> dict[str, Any]:
     }
 
 
-def _key(view: KeyView) -> dict[str, Any]:
+def describe_key(view: KeyView) -> dict[str, Any]:
+    """A key as operators see it, which is all but the key itself."""
     key = view.key
     return {
         "id": key.key_id,

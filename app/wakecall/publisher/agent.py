@@ -123,6 +123,7 @@ class _Agent:
         self._emit = emit
         self._task_status = task_status
         self._version = _version()
+        self._has_key = config.broker_key is not None
         # The entire mutable state.
         self._models = config.models
         self._served: frozenset[str] = frozenset()
@@ -160,6 +161,11 @@ class _Agent:
             self._end = end
         self._nursery.cancel_scope.cancel()
 
+    def _end_if_refused(self, error: BrokerRefused) -> None:
+        # Without a code it is a proxy that speaks, in a broker's absence perhaps.
+        if error.code and (refused := key_refused(error, had_key=self._has_key)) is not None:
+            self._finish(refused)
+
     def _report_started(self) -> None:
         if not self._started:
             self._started = True
@@ -180,7 +186,7 @@ class _Agent:
             try:
                 answer = await self._broker.register(rows, self._version)
             except BrokerRefused as error:
-                fatal = fatal_error(error, rows, again=self._registered > 0)
+                fatal = fatal_error(error, rows, again=self._registered > 0, had_key=self._has_key)
                 if fatal is not None:
                     self._finish(fatal)
                 raise
@@ -229,9 +235,7 @@ class _Agent:
                 reason = await channel.run(self._broker.open_frames())
             except BrokerRefused as error:
                 reason, unknown = str(error), error.status == 404
-                # Without a code it is a proxy that speaks, in a broker's absence perhaps.
-                if error.code and (refused := key_refused(error)) is not None:
-                    self._finish(refused)
+                self._end_if_refused(error)
             except (BrokerError, EventTooLarge) as error:
                 reason = str(error)
             if reason == "superseded":
@@ -276,6 +280,7 @@ class _Agent:
                     engine=self._engine,
                     power=self._power,
                     emit=self._emit,
+                    on_key_refused=self._heartbeat_at_once,
                 )
                 self._in_hand[frame.task_id] = relay
                 epoch.start_soon(self._run_relay, relay)
@@ -314,7 +319,7 @@ class _Agent:
                         await self._broker.send_failure(frame.task_id, failure)
         except BrokerError as error:
             # The wake itself stands: a heartbeat names what the engine is.
-            self._heartbeat_wanted.set()
+            self._heartbeat_at_once()
             logger.info("the result of a wake could not be delivered: %s", error)
         finally:
             self._forget(frame.task_id, waiter)
@@ -328,7 +333,10 @@ class _Agent:
     def _want_heartbeat(self) -> None:
         # The result of a wake says it by itself; a heartbeat that overtook it would only have it refused.
         if not any(isinstance(task, _WakeWaiter) for task in self._in_hand.values()):
-            self._heartbeat_wanted.set()
+            self._heartbeat_at_once()
+
+    def _heartbeat_at_once(self) -> None:
+        self._heartbeat_wanted.set()
 
     async def _run_heartbeats(self) -> None:
         backoff = Backoff(self._config.backoff_base_s, self._config.backoff_cap_s)
@@ -343,6 +351,8 @@ class _Agent:
             try:
                 await self._heartbeat()
             except BrokerRefused as error:
+                # The channel of a publisher without a key stays open when the broker gets its first one.
+                self._end_if_refused(error)
                 if error.status == 404 and not self._draining:
                     await self._register_again(known)
             except BrokerError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
 
+from ..keys import is_presentable
 from ..models import MAX_NAME_LENGTH, CancelMode, is_id, is_llm_name
 from .errors import InvalidConfig
 
@@ -67,7 +68,7 @@ class PublisherConfig:
         wake_command, hibernate_command: run with `sh -c` to start and to stop the engine.
         hibernate_after_s: go to sleep after so long without an infer; None: never.
         engine_key_env: the environment variable that holds the engine's key; None: it wants none.
-        broker_key: sent to the broker as `Authorization: Bearer`.
+        broker_key: the broker's API key, if it has some; see `keys.header_for`.
         upload: `stream`, one streaming POST for each answer, or `chunks` for proxies that buffer uploads.
         cancel: `abort` closes the engine's connection when an infer is cancelled; `drain` reads its answer to the end.
         wake_s: the most that a wake may take.
@@ -127,6 +128,9 @@ class PublisherConfig:
             raise InvalidConfig("a name is given twice")
         if self.session_id is not None and not is_id(self.session_id):
             raise InvalidConfig("a session id is 1 to 128 of A-Z a-z 0-9 _ -")
+        if self.broker_key is not None and not is_presentable(self.broker_key):
+            # Which it is not said: it may be a key with something beside it.
+            raise InvalidConfig("an API key is of printable ASCII, without spaces")
         if self.max_concurrency is not None and not 1 <= self.max_concurrency <= 100_000:
             raise InvalidConfig("max_concurrency is 1 to 100,000")
         if self.hibernating and not self.models:
@@ -173,12 +177,6 @@ class PublisherConfig:
         if not key:
             raise InvalidConfig(f"the environment variable {self.engine_key_env} for the engine's key is not set")
         return key
-
-
-def shown(url: str) -> str:
-    """`url` without user name and password, fit for a message or a file."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _check_url(what: str, url: str) -> None:

@@ -12,8 +12,9 @@ import httpx2
 import msgspec
 import trio
 
-from ..addresses import is_loopback
-from .config import PublishedModel, PublisherConfig, name_for, shown
+from ..addresses import is_loopback, shown
+from ..keys import header_for
+from .config import PublishedModel, PublisherConfig, name_for
 from .errors import AmbiguousNames, EngineUnreachable, InvalidConfig
 from .trust import describe_tls, trust_for
 
@@ -41,7 +42,7 @@ def open_client(url: str, *, key: str | None, timeout: httpx2.Timeout, keep: int
 
     Args:
         url: what it will talk to.
-        key: sent with every request as `Authorization: Bearer`; None: without.
+        key: sent with every request, as `keys.header_for` has it; None: without.
         timeout: for what a request does not say itself.
         keep: idle connections kept for the next request.
 
@@ -51,7 +52,7 @@ def open_client(url: str, *, key: str | None, timeout: httpx2.Timeout, keep: int
     # Not compressed: what is forwarded is the bytes themselves.
     headers = {"accept-encoding": "identity"}
     if key is not None:
-        headers["authorization"] = f"Bearer {key}"
+        headers |= header_for(key, url)
     return httpx2.AsyncClient(
         http1=True,
         http2=False,

@@ -40,9 +40,20 @@ class AmbiguousNames(PublisherError):
 
 
 class KeyRefused(PublisherError):
-    """The broker refuses the publisher's key (401 or 403)."""
+    """The broker refuses the publisher's key, or that it has none (401 or 403).
+
+    Args:
+        message: for a person.
+        code: the protocol's; empty if the answer was not in its form.
+        name: of the model that the key does not open; None if it is not about one.
+    """
 
     exit_code = 78
+
+    def __init__(self, message: str, *, code: str = "", name: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.name = name
 
 
 class RegistrationRefused(PublisherError):

@@ -28,32 +28,44 @@ def rows_to_register(config: PublisherConfig, models: Iterable[PublishedModel], 
     ]
 
 
-def key_refused(error: BrokerRefused) -> KeyRefused | None:
-    """What ends the publisher if the refusal is of its key; else None."""
-    if error.status in (401, 403):
-        return KeyRefused(f"the broker refuses the key: {error.message}")
-    return None
+def key_refused(error: BrokerRefused, *, had_key: bool) -> KeyRefused | None:
+    """What ends the publisher if the refusal is of who it is; else None.
+
+    Args:
+        error: the broker's answer.
+        had_key: whether the publisher has an API key.
+    """
+    if error.status not in (401, 403):
+        return None
+    if not error.code:
+        return KeyRefused(f"what stands before the broker refuses this publisher: {error.message}")
+    if had_key:
+        return KeyRefused(f"the broker refuses this publisher's API key: {error.message}", code=error.code)
+    if error.status == 401:
+        return KeyRefused("the broker wants an API key, and this publisher has none", code=error.code)
+    return KeyRefused(f"the broker refuses this publisher: {error.message}", code=error.code)
 
 
-def fatal_error(error: BrokerRefused, rows: Sequence[Row], *, again: bool) -> PublisherError | None:
+def fatal_error(error: BrokerRefused, rows: Sequence[Row], *, again: bool, had_key: bool) -> PublisherError | None:
     """What a refused register means for the publisher; None if trying again may help.
 
     Args:
         error: the broker's answer.
         rows: what was to be registered: the answer names a row by its place.
         again: whether the broker had the session before.
+        had_key: whether the publisher has an API key.
     """
     if again and not error.code:
         # Not the broker's words but those of a proxy, which has no broker behind it while that restarts.
         return None
-    if (refused := key_refused(error)) is not None:
-        return refused
+    name, what = _row_at_fault(error.param, rows)
+    said = f"the broker refuses to register {what}{' again' if again else ''}: {error.message}"
+    if (refused := key_refused(error, had_key=had_key)) is not None:
+        return refused if name is None else KeyRefused(said, code=error.code, name=name)
     if not 400 <= error.status < 500 or error.status in (408, 429):
         return None
-    name, what = _row_at_fault(error.param, rows)
     kind = NameTaken if error.status == 409 else RegistrationRefused
-    message = f"the broker refuses to register {what}{' again' if again else ''}: {error.message}"
-    return kind(message, code=error.code, name=name)
+    return kind(said, code=error.code, name=name)
 
 
 def _row_at_fault(param: str, rows: Sequence[Row]) -> tuple[str | None, str]:

@@ -65,6 +65,7 @@ class Relay:
     Args:
         frame: what to do.
         served: the names that this publisher has.
+        on_key_refused: called when the broker does not know us any more; what that means is not for one infer to say.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Relay:
         engine: Engine,
         power: Power,
         emit: Callable[[PublisherEvent], None],
+        on_key_refused: Callable[[], None],
     ) -> None:
         self.frame = frame
         self.is_discarded = False
@@ -87,6 +89,7 @@ class Relay:
         self._engine = engine
         self._power = power
         self._emit = emit
+        self._on_key_refused = on_key_refused
         self._scope = trio.CancelScope()
         self._cancelled = False
         self._asked_engine = False
@@ -137,6 +140,8 @@ class Relay:
             self._message = str(error)
             if error.is_over:
                 return "cancelled" if self._cancelled else "refused"
+            if error.status == 401:
+                self._on_key_refused()
             await self.report(error)
         except BrokerLost as error:
             # If the request never reached the broker, only this tells it that no answer will come.

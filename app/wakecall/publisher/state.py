@@ -14,8 +14,9 @@ from pathlib import Path
 
 import platformdirs
 
+from ..addresses import shown
 from ..models import is_id
-from .config import PublisherConfig, shown
+from .config import PublisherConfig
 from .errors import StateLocked, StateUnusable
 
 

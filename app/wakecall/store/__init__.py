@@ -6,6 +6,6 @@ interface assumes SQL or one process.
 
 from __future__ import annotations
 
-from .base import MemoryStore, Store, StoreError
+from .base import MemoryStore, Store, StoreError, StoreInUse
 
-__all__ = ["MemoryStore", "Store", "StoreError"]
+__all__ = ["MemoryStore", "Store", "StoreError", "StoreInUse"]

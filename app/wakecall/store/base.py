@@ -6,11 +6,15 @@ from typing import Protocol
 
 from ..models import LLM, Batch, Key, Kind, SessionRecord, Snapshot, Status
 
-__all__ = ["MemoryStore", "Store", "StoreError"]
+__all__ = ["MemoryStore", "Store", "StoreError", "StoreInUse"]
 
 
 class StoreError(Exception):
     """A store could not do what it was asked. What it was given may be there or not: writing it again is harmless."""
+
+
+class StoreInUse(StoreError):
+    """Another broker has it open."""
 
 
 class Store(Protocol):

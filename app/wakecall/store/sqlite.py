@@ -36,7 +36,7 @@ from sqlite_utils.migrations import Migrations
 
 from ..keys import ROLES
 from ..models import LLM, Batch, Key, Kind, SessionRecord, Snapshot, Status
-from .base import StoreError
+from .base import StoreError, StoreInUse
 from .files import MAGIC, OpenFiles
 
 __all__ = ["SqliteStore", "open_sqlite_store"]
@@ -437,7 +437,7 @@ def _lock(path: str, real: str) -> int:
         holder = os.pread(lock, 20, 0).decode("ascii", "replace")
         os.close(lock)
         who = f" (process {holder})" if holder.isdigit() else ""
-        raise StoreError(
+        raise StoreInUse(
             f"{path} is in use by another broker{who}. Stop that one, or give this one another file."
         ) from error
     except OSError:
