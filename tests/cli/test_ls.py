@@ -8,29 +8,19 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
 from tests.cli.processes import PATIENCE_S, call, environment
-from wakecall import Broker, LLMSpec, ServeConfig, Status, open_broker, serve
+from tests.cli.stage import serve_answer, serve_broker
+from wakecall import LLMSpec, Status
 from wakecall.cli.tables import age
 from wakecall.testing import FakePublisher
 
 LONG = "a-name-that-is-" + "rather-" * 14 + "long"
-
-
-@asynccontextmanager
-async def serve_broker() -> AsyncIterator[tuple[Broker, str]]:
-    async with open_broker() as broker, trio.open_nursery() as nursery:
-        urls = await nursery.start(partial(serve, broker, ServeConfig(port=0)))
-        yield broker, urls[0]
-        nursery.cancel_scope.cancel()
 
 
 async def ls(url: str, *args: str, state: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -148,17 +138,8 @@ def test_without_a_broker_it_says_what_to_do(tmp_path: Path) -> None:
 async def test_what_is_no_broker_is_told_from_one(status: int, body: bytes, said: str, tmp_path: Path) -> None:
     """And nothing that it says reaches the terminal as more than text."""
 
-    async def answer(stream: trio.SocketStream) -> None:
-        async with stream:
-            await stream.receive_some()
-            head = f"HTTP/1.1 {status} x\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            await stream.send_all(head.encode() + body)
-
-    async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(partial(trio.serve_tcp, answer, 0, host="127.0.0.1"))
-        port = listeners[0].socket.getsockname()[1]
-        run = await ls(f"http://127.0.0.1:{port}", state=tmp_path)
-        nursery.cancel_scope.cancel()
+    async with serve_answer(status, body) as (url, _):
+        run = await ls(url, state=tmp_path)
     assert run.returncode == 1
     assert said in run.stderr
     assert "\x1b" not in run.stderr

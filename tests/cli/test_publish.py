@@ -4,52 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import httpx2
 import pytest
 import trio
 
 from tests.cli.processes import call, run_wakecall
-from wakecall import Broker, LLMSpec, ServeConfig, open_broker, serve
-from wakecall.cli.demo_engine import serve_demo_engine
+from tests.cli.stage import open_stage
+from wakecall import LLMSpec
 from wakecall.cli.publish import sentence
 from wakecall.publisher import PublisherEvent, RegisteredModel, events
-
-
-@dataclass
-class Stage:
-    """A broker and an engine; `args` is what a publisher between them needs."""
-
-    broker: Broker
-    url: str
-    engine_url: str
-
-    @property
-    def args(self) -> tuple[str, ...]:
-        return ("publish", "--broker", self.url, "--engine", self.engine_url)
-
-    async def chat(self, name: str, prompt: str = "hi") -> httpx2.Response:
-        async with httpx2.AsyncClient(base_url=self.url, timeout=None) as http:
-            body = {"model": name, "messages": [{"role": "user", "content": prompt}]}
-            return await http.post("/v1/chat/completions", json=body)
-
-    def statuses(self) -> dict[str, str]:
-        return {llm.name: str(llm.status) for llm in self.broker.llms()}
-
-
-@asynccontextmanager
-async def open_stage(delay_s: float = 0.0) -> AsyncIterator[Stage]:
-    async with open_broker() as broker, trio.open_nursery() as nursery:
-        urls = await nursery.start(partial(serve, broker, ServeConfig(port=0)))
-        port = await nursery.start(partial(serve_demo_engine, delay_s=delay_s))
-        yield Stage(broker, urls[0], f"http://127.0.0.1:{port}")
-        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -207,12 +207,20 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
 def test_an_address_that_others_reach_is_refused(host: str, tmp_path: Path) -> None:
-    """78, with the reason, and the command that makes a key."""
+    """78, with the reason and with what makes it possible, as long as there is no key."""
     run = call("serve", "--host", host, "--port", "0", state=tmp_path)
     assert run.returncode == 78
-    assert "there are no API keys" in run.stderr
-    assert "wakecall keys create admin --db" in run.stderr
+    assert run.stdout == ""
+    assert "there are no API keys, so anybody who reaches it could use, replace and delete every model" in run.stderr
+    assert f" keys create admin --db {tmp_path}/wakecall/wakecall.db`, or listen on 127.0.0.1." in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_without_a_file_there_can_be_no_key(tmp_path: Path) -> None:
+    """So no command is named that could not work, but what has to be done first."""
+    run = call(*MEMORY, "--host", "0.0.0.0", state=tmp_path)
+    assert run.returncode == 78
+    assert "Keys are kept in the file that --db names, and :memory: is none: name one, or listen" in run.stderr
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
