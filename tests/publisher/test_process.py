@@ -120,6 +120,15 @@ async def test_a_command_reads_nothing_and_its_log_is_the_users_alone(log: Path)
     assert log.stat().st_mode & 0o777 == 0o600
 
 
+async def test_a_command_has_our_environment_but_not_our_key(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says last may reach a caller, and the engine that it starts lives longer than the key should be read."""
+    monkeypatch.setenv("WAKECALL_KEY", "k3y")
+    monkeypatch.setenv("VLLM_API_KEY", "its own")
+    async with open_command('echo "${WAKECALL_KEY-none} $VLLM_API_KEY" >&2', log, grace_s=1):
+        pass
+    assert last_line(log) == "none its own"
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [

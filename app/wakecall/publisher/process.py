@@ -20,6 +20,7 @@ import trio
 MAX_MESSAGE_BYTES = 1024
 MAX_LOG_BYTES = 8 * 1024 * 1024
 _TAIL_BYTES = 16 * 1024
+_KEY_VARIABLE = "WAKECALL_KEY"
 _GROUP_POLL_S = 0.02
 
 
@@ -93,6 +94,8 @@ async def open_command(command: str, log: Path, *, grace_s: float) -> AsyncItera
             stdout=subprocess.DEVNULL,
             stderr=descriptor,
             start_new_session=True,
+            # An engine has no use for our key, and what a command says last is what callers are told.
+            env={name: value for name, value in os.environ.items() if name != _KEY_VARIABLE},
         )
     except OSError as error:
         raise CommandFailed(f"the command cannot be run: {error.strerror}") from error
