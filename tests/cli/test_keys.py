@@ -80,7 +80,7 @@ async def test_a_whole_round(tmp_path: Path) -> None:
         operator = {"WAKECALL_BROKER": url, "WAKECALL_KEY": admin}
         made = await run("keys", "create", "publisher", "--name", "box", state=tmp_path, **operator)
         publisher, publisher_id = secret_of(made), id_of(made)
-        made = await run("keys", "create", "client", "--name", "friend", state=tmp_path, **operator)
+        made = await ask("keys", "create", "client", "--name", "friend", state=tmp_path, **operator)
         client, client_id = secret_of(made), id_of(made)
 
         args = ("publish", "--broker", url, "--engine", engine)
@@ -88,9 +88,9 @@ async def test_a_whole_round(tmp_path: Path) -> None:
             await publish.err.wait("channel open")
             assert (await post_chat(url, "wakecall-demo", key=client)).status_code == 200
             assert (await post_chat(url, "wakecall-demo")).status_code == 401
-            assert "wakecall-demo" in (await run("ls", state=tmp_path, **operator)).stdout
+            assert "wakecall-demo" in (await ask("ls", state=tmp_path, **operator)).stdout
 
-            revoked = await run("keys", "revoke", client_id, state=tmp_path, **operator)
+            revoked = await ask("keys", "revoke", client_id, state=tmp_path, **operator)
             assert revoked.stderr == f"Revoked {client_id} (friend) of role client.\n"
             assert (await post_chat(url, "wakecall-demo", key=client)).status_code == 401
 
@@ -142,10 +142,10 @@ async def test_a_file_that_a_broker_holds_is_left_to_it(tmp_path: Path) -> None:
     async with run_wakecall("serve", "--port", "0", state=tmp_path) as serve:
         url = await serve.url()
         for args in (("create", "admin"), ("ls",), ("revoke", "key_x")):
-            refused = await run("keys", *args, "--db", state=tmp_path)
-            assert (refused.returncode, refused.stdout) == (78, "")
+            refused = await ask("keys", *args, "--db", state=tmp_path)
+            assert (refused.exit_code, refused.stdout) == (78, "")
             assert "wakecall.db open, so its keys are made and revoked there: name it with --broker" in refused.stderr
-        made = await run("keys", "create", "admin", "--broker", url, state=tmp_path)
+        made = await ask("keys", "create", "admin", "--broker", url, state=tmp_path)
         secret_of(made)
         assert "The broker is open no more" in made.stderr
 
