@@ -327,8 +327,8 @@ async def test_an_upgrade_that_fails_leaves_nothing_of_itself(path: Path, monkey
         db.execute("CREATE TABLE half (x)")
 
     with monkeypatch.context() as newer:
-        newer.setattr(sqlite, "_migrations", upgrade)
-        newer.setattr(sqlite, "_KNOWN", sqlite._KNOWN | {"0002_fine", "0003_broken"})
+        newer.setattr(sqlite, "MIGRATIONS", upgrade)
+        newer.setattr(sqlite, "KNOWN", sqlite.KNOWN | {"0002_fine", "0003_broken"})
         assert "half" in await refusal(path)
     async with open_sqlite_store(path) as store:
         assert len((await store.load()).llms) == 3

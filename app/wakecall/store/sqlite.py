@@ -32,12 +32,12 @@ from urllib.parse import quote
 
 import trio
 from sqlite_utils import Database
-from sqlite_utils.migrations import Migrations
 
 from ..keys import ROLES
 from ..models import LLM, Batch, Key, Kind, SessionRecord, Snapshot, Status
 from .base import StoreError, StoreInUse
 from .files import MAGIC, OpenFiles
+from .migrations import KNOWN, MIGRATIONS
 
 __all__ = ["SqliteStore", "open_sqlite_store"]
 
@@ -48,88 +48,7 @@ T = TypeVar("T")
 # an integer beyond 64 bits an OverflowError, a status that is none a ValueError.
 _TROUBLE: Final = (sqlite3.Error, OSError, OverflowError, ValueError)
 
-# Schema -------------------------------------------------------------------------------------------------------------
-
-_migrations: Final = Migrations("wakecall")
-
-
-@_migrations(name="0001_llms_and_sessions")
-def _llms_and_sessions(db: Database) -> None:
-    # WITHOUT ROWID: rows are small and always asked for by their key, so one tree does instead of two.
-    db.execute(
-        """
-        CREATE TABLE llms (
-            name TEXT NOT NULL PRIMARY KEY,
-            owner TEXT NOT NULL,
-            status TEXT NOT NULL,
-            created_at REAL NOT NULL,
-            last_heartbeat_at REAL NOT NULL,
-            kind TEXT NOT NULL,
-            type TEXT NOT NULL,
-            model TEXT NOT NULL,
-            session_id TEXT,
-            remembers TEXT,
-            inactive_since REAL,
-            max_concurrency INTEGER,
-            wake_s REAL,
-            cancel TEXT NOT NULL,
-            pool TEXT,
-            url TEXT,
-            key_env TEXT
-        ) WITHOUT ROWID
-        """
-    )
-    db.execute(
-        """
-        CREATE TABLE sessions (
-            session_id TEXT NOT NULL PRIMARY KEY,
-            owner TEXT NOT NULL,
-            created_at REAL NOT NULL,
-            last_heartbeat_at REAL NOT NULL,
-            epoch INTEGER NOT NULL,
-            agent_name TEXT NOT NULL,
-            agent_version TEXT NOT NULL,
-            unused_since REAL
-        ) WITHOUT ROWID
-        """
-    )
-    # Each index ends in the name, so that its order is the answer's; the partial ones hold only what a sweep may
-    # retire, and a public row stands in neither.
-    db.execute("CREATE INDEX llms_by_session ON llms (session_id, name)")
-    db.execute(
-        "CREATE INDEX llms_by_heartbeat ON llms (last_heartbeat_at, name)"
-        " WHERE kind = 'virtual' AND status <> 'inactive'"
-    )
-    db.execute(
-        "CREATE INDEX llms_by_inactivity ON llms (inactive_since, name) WHERE kind = 'virtual' AND status = 'inactive'"
-    )
-
-
-@_migrations(name="0002_keys")
-def _keys_table(db: Database) -> None:
-    db.execute("ALTER TABLE sessions ADD COLUMN key_id TEXT")
-    # `llms` is a JSON list of patterns. A digest that stood here twice would be two keys that are one.
-    db.execute(
-        """
-        CREATE TABLE keys (
-            key_id TEXT NOT NULL PRIMARY KEY,
-            role TEXT NOT NULL,
-            owner TEXT NOT NULL,
-            digest TEXT NOT NULL UNIQUE,
-            created_at REAL NOT NULL,
-            name TEXT NOT NULL,
-            expires_at REAL,
-            llms TEXT,
-            rpm INTEGER,
-            max_in_flight INTEGER
-        ) WITHOUT ROWID
-        """
-    )
-
-
-# All of them are still to be applied to an empty database.
-with closing(Database(sqlite3.connect(":memory:"), execute_plugins=False)) as _empty:
-    _KNOWN: Final = frozenset(each.name for each in _migrations.pending(_empty))
+# Statements ---------------------------------------------------------------------------------------------------------
 
 _LLM_COLUMNS: Final = tuple(each.name for each in fields(LLM))
 _SESSION_COLUMNS: Final = tuple(each.name for each in fields(SessionRecord))
@@ -388,7 +307,7 @@ def _open(path: str, busy_timeout_s: float) -> SqliteStore:
             _set_pragmas(path, db)
             # All in one transaction: an upgrade that fails leaves the file to the version that it was of.
             with _transaction(db, "BEGIN IMMEDIATE"):
-                _migrations.apply(db)
+                MIGRATIONS.apply(db)
             store = SqliteStore._make(path, db, OpenFiles(path, real), lock, connect)
             undo.pop_all()
             return store
@@ -473,19 +392,19 @@ def _inspect(path: str, real: str, busy_timeout_s: float) -> None:
         try:
             problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
             tables = set(db.table_names())
-            applied = [each.name for each in _migrations.applied(db)]
+            applied = [each.name for each in MIGRATIONS.applied(db)]
         except sqlite3.OperationalError:
             raise  # locked, unreadable: nothing is wrong with what is in it
         except sqlite3.DatabaseError as error:
             raise StoreError(_broken(path, str(error))) from error
         if problem != "ok":
             raise StoreError(_broken(path, problem))
-    if unknown := [name for name in applied if name not in _KNOWN]:
+    if unknown := [name for name in applied if name not in KNOWN]:
         raise StoreError(
             f"{path} was written by a newer Wakecall (its {unknown[0]} is not known here)."
             " Upgrade Wakecall, or name another file; this one has been left as it is."
         )
-    if not applied and tables - {_migrations.migrations_table}:
+    if not applied and tables - {MIGRATIONS.migrations_table}:
         raise StoreError(f"{path} is another program's database. Name another file; this one has been left as it is.")
 
 
