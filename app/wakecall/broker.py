@@ -12,8 +12,10 @@ all stands. Here they are put together, given a nursery, and shown as one thing.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Final
 
 import trio
 
@@ -59,6 +61,9 @@ logger = logging.getLogger("wakecall.broker")
 
 #: How long closing waits for the last commit: what is not down by then is decided again at the next start.
 _LAST_COMMIT_S = 5.0
+
+#: What a publisher's own code may look like to be logged.
+_CODE: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
 class Broker:
@@ -405,7 +410,9 @@ class Broker:
         if status is not None and not 400 <= status <= 599:
             raise InvalidRequest("A failure's status is 400 to 599.", param="status")
         task = self._intake.find_task(task_id, owner)
-        logger.debug("task %s failed at its publisher (%s)", task_id, code)
+        # Free text, which may quote a prompt, or a line of this very log: it is told only if it looks like a code.
+        shown = code if code is None or _CODE.fullmatch(code) else "no plain code"
+        logger.debug("task %s failed at its publisher (%s)", task_id, shown)
         self._intake.fail(task, message, status)
 
     def task_request(self, task_id: str, *, owner: str = LOCAL_OWNER) -> InferRequest:
