@@ -104,9 +104,14 @@ def _claim(broker: Broker, call: Call) -> Claim:
 
 
 def _short(value: str | None, header: str) -> str | None:
-    """A header that goes into a frame. Raises InvalidRequest: it is too long for one."""
-    if value is not None and len(value) > _MAX_HEADER_CHARS:
+    """A header that goes on. Raises InvalidRequest: too long for a frame, or it would not arrive as it is."""
+    if value is None:
+        return None
+    if len(value) > _MAX_HEADER_CHARS:
         raise InvalidRequest(f"This header is longer than {_MAX_HEADER_CHARS} characters.", param=header)
+    # Whatever else a byte is, Quart would send it as another when the body is fetched.
+    if not (value.isascii() and value.replace("\t", " ").isprintable()):
+        raise InvalidRequest("This header is printable ASCII.", param=header)
     return value
 
 
