@@ -399,6 +399,8 @@ class Http11(H11Protocol):
         ahead, at_end = self.connection.trailing_data
         if ahead[:1] not in (b"\r", b"\n"):
             self.connection.start_next_cycle()
+            # A head that has begun: the empty line that ends it may come alone, and is not one before a request.
+            self._head = ahead[:_MAX_HEAD_SHOWN]
             return
         # h11 has no way to take bytes back: an empty line between two requests is left behind with the connection's state.
         self.connection = h11.Connection(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
