@@ -205,6 +205,11 @@ def _offline(text: str, where: str) -> Expected:
     return 503, "model_offline", None
 
 
+def _forbidden(text: str, where: str) -> Expected:
+    """The first key of an open broker is an operator's; `test_a_keys_texts` has what comes after it."""
+    return 403, "forbidden", None
+
+
 def _agent(member: str) -> tuple[str, Callable[[Any], str]]:
     def find(sessions: Any) -> str:
         return next(str(each["agent"][member]) for each in sessions["data"] if each["session_id"] == "laptop")
@@ -241,6 +246,14 @@ def _fields() -> list[Field]:
     def client(where: str, body: bytes, judge: Judge, **more: Any) -> None:
         fields.append(Field("client", where, "POST", "/v1/chat/completions", body, judge, **more))
 
+    def keys(where: str, members: bytes, judge: Judge, **more: Any) -> None:
+        role = b"" if where == "role" else b'"role": "client", '
+        fields.append(Field("keys", where, "POST", "/admin/v1/keys", b"{%b%b}" % (role, members), judge, **more))
+
+    def owner(where: str, members: bytes, judge: Judge, **more: Any) -> None:
+        targets = "/admin/v1/llms/offline", "/admin/v1/sessions/elsewhere"
+        fields.extend(Field("owner", where, "PATCH", target, b"{%b}" % members, judge, **more) for target in targets)
+
     register("llms[0].name", b'{"llms": [{"name": @}]}', _invalid)
     llm("type", _bounded, shown=_llm("row", "type"))
     llm("model", _bounded)
@@ -276,6 +289,19 @@ def _fields() -> list[Field]:
     admin("key_env", b'"key_env": @', _invalid)
     admin("unknown", b'"unknown": @', _taken)
     admin("(key)", b"@: 1", _taken, is_key=True)
+    keys("role", b'"role": @', _invalid)
+    keys("name", b'"name": @', _forbidden)
+    keys("owner", b'"owner": @', _forbidden)
+    keys("llms", b'"llms": @', _invalid)
+    keys("llms[0]", b'"llms": [@]', _forbidden)
+    keys("rpm", b'"rpm": @', _invalid)
+    keys("max_in_flight", b'"max_in_flight": @', _invalid)
+    keys("expires_in_s", b'"expires_in_s": @', _invalid)
+    keys("unknown", b'"unknown": @', _forbidden)
+    keys("(key)", b"@: 1", _forbidden, is_key=True)
+    owner("owner", b'"owner": @', _invalid)
+    owner("unknown", b'"owner": "local", "unknown": @', _taken)
+    owner("(key)", b'"owner": "local", @: 1', _taken, is_key=True)
     client("model", b'{"model": @}', _unknown_model)
     client("stream", b'{"model": "offline", "stream": @}', _invalid)
     client("unknown", b'{"model": "offline", "messages": [{"content": @}]}', _offline)
@@ -296,6 +322,9 @@ GOOD: dict[tuple[str, str], bytes] = {
     ("POST", "/publisher/v1/sessions/laptop/heartbeat"): b'{"llms": {"row": "active"}, "tasks": []}',
     ("POST", "/publisher/v1/tasks/nobodys/failure"): b'{"message": "\xc3\xa9"}',
     ("PUT", "/admin/v1/llms/upstream"): b'{"type": "t", "model": "m", "url": "http://127.0.0.1"}',
+    ("POST", "/admin/v1/keys"): b'{"role": "client", "name": "\xc3\xa9"}',
+    ("PATCH", "/admin/v1/llms/offline"): b'{"owner": "local", "unknown": "\xc3\xa9"}',
+    ("PATCH", "/admin/v1/sessions/elsewhere"): b'{"owner": "local", "unknown": "\xc3\xa9"}',
     ("POST", "/v1/chat/completions"): b'{"model": "offline", "messages": ["\xc3\xa9"]}',
 }
 

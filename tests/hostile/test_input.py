@@ -33,6 +33,7 @@ from tests.hostile.inputs import (
 )
 from tests.hostile.sibling import sibling
 from tests.http.served import JSON, Served, open_served
+from tests.http.wire import Answer
 from wakecall.http.client import RELAYED
 from wakecall.models import is_id, is_llm_name
 from wakecall.store.sqlite import open_sqlite_store
@@ -110,7 +111,7 @@ async def test_a_value_of_another_type_is_taken_or_refused_by_name(served: Serve
                 assert param, (field.where, value)
                 assert param.startswith(field.where) or field.where.startswith(param), (field.where, value)
             elif code is not None:
-                assert code in ("model_required", "task_not_found", "model_offline"), (field.where, value)
+                assert code in ("model_required", "task_not_found", "model_offline", "forbidden"), (field.where, value)
         assert line.connections == 1
 
 
@@ -122,7 +123,7 @@ async def test_a_body_that_is_no_json_is_400_on_every_route(served: Served) -> N
                 # A client's is looked at no further than that it is no object.
                 code = "invalid_request" if spoil(good)[:1] == b"[" and target.startswith("/v1/") else "invalid_json"
                 assert said(answer) == (400, code, None), (target, what)
-            assert (await line.ask(method, target, body=good)).status in (200, 404, 503)
+            assert (await line.ask(method, target, body=good)).status in (200, 403, 404, 503)
         assert line.connections == 1
 
 
@@ -247,6 +248,35 @@ async def test_a_failures_words_stay_within_one_event(served: Served) -> None:
             assert re.fullmatch(rb"event: error\ndata: [^\n\r]*\n\n", got), got
             event = msgspec.json.decode(got.removeprefix(b"event: error\ndata: "))
             assert not text or event["error"]["message"] == text
+
+
+async def test_a_keys_texts_are_taken_or_refused_and_kept(tmp_path: Path) -> None:
+    """Once there is an operator's key, whose broker no sibling without one can use."""
+    kept = {text for text in TEXTS.values() if len(text) <= 128} | {""}
+    async with open_sqlite_store(tmp_path / "w.db") as store, open_served(store=store) as served, Line(served) as line:
+        secret = (await served.broker.create_key("admin")).secret
+
+        async def make(**members: Any) -> Answer:
+            body = msgspec.json.encode({"role": "client", **members})
+            return await line.ask("POST", "/admin/v1/keys", f"authorization: Bearer {secret}", body=body)
+
+        for what, text in TEXTS.items():
+            answer = await make(name=text)
+            assert said(answer) == ((201, None, None) if len(text) <= 128 else (400, "invalid_request", "name")), what
+            assert answer.status != 201 or answer.json["name"] == text, what
+            assert said(await make(owner=text)) == (400, "invalid_request", "owner"), what
+            answer = await make(llms=["*", text])
+            plain = re.fullmatch(r"[A-Za-z0-9._:@/*-]{1,128}", text) is not None
+            assert said(answer) == ((201, None, None) if plain else (400, "invalid_request", "llms[1]")), what
+        for member, value in itertools.product(("rpm", "max_in_flight", "expires_in_s"), OTHER_TYPES):
+            body = b'{"role": "client", "%b": %b}' % (member.encode(), value)
+            answer = await line.ask("POST", "/admin/v1/keys", f"authorization: Bearer {secret}", body=body)
+            assert said(answer) in ((201, None, None), (400, "invalid_request", member)), (member, value)
+        listed = await line.ask("GET", "/admin/v1/keys", f"authorization: Bearer {secret}")
+        assert {each["name"] for each in listed.json["data"]} == kept
+        assert line.connections == 1
+    async with open_sqlite_store(tmp_path / "w.db") as store, open_served(store=store) as served:
+        assert {view.key.name for view in served.broker.key_views()} == kept
 
 
 async def test_a_store_keeps_hostile_texts_and_stays_sound(tmp_path: Path) -> None:
