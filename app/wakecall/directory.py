@@ -144,9 +144,11 @@ class Directory:
             rows.append(row)
             self.rows[llm.name] = row
             self._count_row(llm, 1)
-            if llm.session_id is not None and (owner := self.sessions.get(llm.session_id)) is not None:
-                row.session = owner
-                owner.rows[llm.name] = row
+            holder = None if llm.session_id is None else self.sessions.get(llm.session_id)
+            # A session's id is free once it has left, and its next owner has nothing to do with the rows that it left.
+            if holder is not None and holder.record.owner == llm.owner:
+                row.session = holder
+                holder.rows[llm.name] = row
         # Those that were inactive before come first in the order of retirement; the rest are inactive from now on.
         rows.sort(key=lambda r: now if r.llm.inactive_since is None else r.llm.inactive_since)
         for row in rows:

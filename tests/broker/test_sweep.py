@@ -146,6 +146,21 @@ async def test_after_a_restart_nothing_is_active_until_its_publisher_is_back(aut
             assert publisher.channel.epoch > epoch
 
 
+async def test_a_restart_gives_nobody_the_rows_of_another_owner_who_had_his_session_id_before(autojump_clock):
+    """A session's id is free after a goodbye; who takes it then neither sees nor bumps the rows that were left."""
+    store = MemoryStore()
+    async with open_test_broker(store=store) as broker:
+        await broker.register("laptop", [LLMSpec("hers")], owner="anna")
+        await broker.goodbye("laptop", owner="anna")
+        await broker.register("laptop", [LLMSpec("his")], owner="ben")
+    await trio.sleep(10)
+    async with open_test_broker(store=store) as broker:
+        left = broker.llm("hers")
+        assert (await broker.heartbeat("laptop", owner="ben")).llms == {"his": ACTIVE}
+        assert [view.llms for view in broker.session_views()] == [("his",)]
+        assert broker.llm("hers") == left
+
+
 async def test_after_a_crash_rows_come_back_as_what_they_were(autojump_clock):
     """A crash leaves live rows in the store; they are lost as of the start, and a channel alone revives them."""
     store = MemoryStore()

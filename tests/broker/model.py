@@ -1,0 +1,704 @@
+"""What protocol.md says of a broker, as a small program without tasks, streams or a store.
+
+`test_machine` plays it beside the real one and compares the two after every step. It is written from the protocol, not from
+the code: it shares nothing with the package, knows rows, sessions, channels, infers and wakes as plain records, and decides
+with `if`s. Two things it does not decide. A step that is not `settle`d leaves channels pending, as a broker does until its
+tasks have run. And where several deadlines are up in one instant, `after` gives every order in which they may fall.
+
+Statuses are words; a caller's end is (outcome, code, phase); a refusal is the set of codes that would all be right.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+#: The times and bounds of the broker under test, in its own names.
+TIMES = {
+    "heartbeat_timeout_s": 90.0,
+    "heartbeat_interval_s": 30.0,
+    "sweep_interval_s": 15.0,
+    "inactive_retention_s": 400.0,
+    "wake_s": 40.0,
+    "queue_s": 60.0,
+    "first_byte_s": 70.0,
+    "idle_s": 50.0,
+    "total_s": 500.0,
+    "peer_stall_s": 45.0,
+    "settled_memory_s": 100.0,
+}
+BOUNDS = {
+    "max_waiting_per_llm": 3,
+    "max_waiting": 5,
+    "max_settled_per_session": 4,
+    "max_sessions_per_owner": 2,
+    "max_llms_per_session": 3,
+    "max_heartbeat_tasks": 4,
+    "reply_buffer_bytes": 10,
+}
+
+NEVER = float("inf")
+
+
+class Refused(Exception):
+    """The broker says no, for one of these reasons, and nothing has changed."""
+
+    def __init__(self, *codes: str) -> None:
+        super().__init__(*codes)
+        self.codes = set(codes)
+
+
+@dataclass(eq=False)
+class Channel:
+    key: str
+    session: str
+    epoch: int
+    state: str = "pending"  # current, ended
+    reason: str | None = None  # None, once ended: its peer is gone
+    frames: list[tuple[str, ...]] = field(default_factory=list)
+
+    def send(self, *frame: str) -> None:
+        if self.state != "ended":
+            self.frames.append(frame)
+
+
+@dataclass(eq=False)
+class Task:
+    """An infer or a wake; `channel` None: it has not been sent."""
+
+    key: str
+    row: Row
+    channel: Channel | None = None
+    over: bool = False
+    due: float = NEVER  # a wake's
+    uploading: bool = False
+    final: bool = False
+    skip: int = 0
+    status: int = 200
+    pieces: bool = False
+    body: bytes = b""
+
+
+@dataclass(eq=False)
+class Infer(Task):
+    stream: bool = False
+    reads: bool = True
+    phase: str = "queue"
+    phase_until: float = NEVER
+    total_until: float = NEVER
+    sent_at: float = NEVER
+    headed: bool = False  # its answer has begun, and `head` is its status
+    head: int = 200
+    last_byte_at: float = 0.0
+    unread: int = 0  # bytes before a reader that stands still,
+    unread_since: float = NEVER  # and since when
+    held: bytes | None = None  # a piece whose upload is held back
+
+    @property
+    def full(self) -> bool:
+        return self.unread >= BOUNDS["reply_buffer_bytes"]
+
+
+@dataclass(eq=False)
+class Row:
+    name: str
+    owner: str
+    status: str
+    session: str | None
+    public: bool = False
+    remembers: str | None = None
+    since: float | None = None  # inactive since
+    beat: float = 0.0
+    slots: int | None = None
+    wake_s: float | None = None
+    waiting: list[Infer] = field(default_factory=list)
+    sent: list[Infer] = field(default_factory=list)
+    wake: Task | None = None
+
+    @property
+    def live(self) -> bool:
+        return not self.public and self.status != "inactive"
+
+    @property
+    def withdrawn(self) -> bool:
+        return self.status == "inactive" and self.remembers is None
+
+
+@dataclass(eq=False)
+class Session:
+    name: str
+    owner: str
+    epoch: int = 0
+    channel: Channel | None = None
+    pending: Channel | None = None
+    settled: list[tuple[str, bool, float]] = field(default_factory=list)  # task, ended by its publisher, when
+    # Whether a session "has" a row that was withdrawn from it the protocol does not say (a row bears the id of a session
+    # that left, too), so there are two answers to since when it has had none.
+    unused_at_least: float | None = None
+    unused_at_most: float | None = None
+    may_be_gone: bool = False
+
+
+class Model:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.rows: dict[str, Row] = {}
+        self.sessions: dict[str, Session] = {}
+        self.channels: dict[str, Channel] = {}
+        self.tasks: dict[str, Task] = {}
+        self.ends: dict[str, tuple[str, str, str | None]] = {}  # every infer that is over
+        self.offline = 0  # infers that were over as soon as accepted
+        self.wake_ends: dict[str, str] = {}
+        self.numbers: dict[str, int] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """A broker starts."""
+        self.started_at = self.now
+        self.next_sweep = self.now + TIMES["sweep_interval_s"]
+        self.counted = dict.fromkeys(("accepted", "completed", "failed", "cancelled", "wakes", "woken", "unwoken"), 0)
+        self.stopping = False
+        self.stop_at = NEVER
+        self.stopped = False
+
+    def _key(self, kind: str) -> str:
+        self.numbers[kind] = self.numbers.get(kind, 0) + 1
+        return f"{kind}{self.numbers[kind]}"
+
+    # What can be asked of it
+
+    def rows_of(self, session: Session) -> list[Row]:
+        return [r for r in self.rows.values() if r.session == session.name and r.owner == session.owner]
+
+    def sent(self) -> list[Task]:
+        return [t for t in self.tasks.values() if t.channel is not None and not t.over]
+
+    def waiting(self) -> list[Infer]:
+        return [i for r in self.rows.values() for i in r.waiting]
+
+    def channel_of(self, row: Row) -> Channel | None:
+        session = self.sessions.get(row.session or "")
+        return None if session is None else session.channel
+
+    def find_session(self, name: str, owner: str) -> Session:
+        session = self.sessions.get(name)
+        if session is None or session.owner != owner:
+            raise Refused("session_not_found")
+        return session
+
+    def find_task(self, key: str, owner: str) -> Task:
+        task = self.tasks[key]
+        if task.channel is not None:
+            session = self.sessions.get(task.channel.session)
+            if not task.over and session is not None and session.owner == owner:
+                return task
+            if task.over and session is not None and session.owner == owner:
+                for settled, by_publisher, at in session.settled:
+                    if settled == key and self.now - at < TIMES["settled_memory_s"]:
+                        raise Refused("task_already_settled" if by_publisher else "task_cancelled")
+        raise Refused("task_not_found")
+
+    # Publishers: sessions, rows, channels
+
+    def register(self, name: str, owner: str, specs: list[Spec]) -> dict[str, tuple[str, str]]:
+        session = self.sessions.get(name)
+        wrong = set()
+        if self.stopping:
+            wrong.add("shutting_down")
+        if session is not None and session.owner != owner:
+            wrong.add("session_taken")
+        owned = sum(s.owner == owner for s in self.sessions.values())
+        if session is None and owned >= BOUNDS["max_sessions_per_owner"]:
+            wrong.add("too_many")
+        if len(specs) > BOUNDS["max_llms_per_session"]:
+            wrong.add("too_many")
+        for spec in specs:
+            row = self.rows.get(spec.name)
+            if row is not None and row.public:
+                wrong.add("llm_is_public")
+            elif row is not None and (row.owner != owner or (row.session != name and row.live)):
+                wrong.add("llm_name_taken")
+        if wrong:
+            raise Refused(*wrong)
+        if session is None:
+            session = self.sessions[name] = Session(name, owner)
+        for row in self.rows_of(session):
+            if row.name not in {spec.name for spec in specs}:
+                self._withdraw(row)
+        return {spec.name: self._register_row(session, spec) for spec in specs}
+
+    def _register_row(self, session: Session, spec: Spec) -> tuple[str, str]:
+        row = self.rows.get(spec.name)
+        if row is None:
+            outcome, status = "created", spec.status or "active"
+            row = self.rows[spec.name] = Row(spec.name, session.owner, status, session.name)
+        else:
+            outcome = "reactivated" if row.session == session.name else "adopted"
+            kept = row.remembers if row.status == "inactive" else row.status
+            status = spec.status or kept or "active"
+            gone = row.wake is not None and self.sessions.get(row.wake.channel.session) is not session
+            if gone:  # it was asked of another, whose row this no longer is
+                self._end_wake(row.wake, "lost", "model_offline", cancel="client_disconnected")
+            row.session = session.name
+        row.slots, row.wake_s = spec.slots, spec.wake_s
+        if row.wake is not None and status == "active":
+            self._end_wake(row.wake, "succeeded", by_publisher=True)
+        self._revive(row, status)
+        return status, outcome
+
+    def heartbeat(self, name: str, owner: str, statuses: dict[str, str], tasks: list[str]) -> list[str]:
+        session = self.find_session(name, owner)
+        if len(tasks) > BOUNDS["max_heartbeat_tasks"]:
+            raise Refused("too_many")
+        for row in self.rows_of(session):
+            if row.withdrawn:
+                continue
+            reported = statuses.get(row.name)
+            kept = row.remembers if row.status == "inactive" else row.status
+            if reported == "active" and row.status == "hibernating" and row.wake is not None:
+                self._end_wake(row.wake, "succeeded", by_publisher=True)
+            self._revive(row, reported or kept)
+        held = {t.key for t in self.sent() if t.channel.session == name}
+        return [key for key in tasks if key not in held]
+
+    def open_channel(self, name: str, owner: str) -> Channel:
+        if self.stopping:
+            raise Refused("shutting_down")
+        session = self.find_session(name, owner)
+        session.epoch += 1
+        channel = Channel(f"{name}#{session.epoch}@{self._key('c')}", name, session.epoch)
+        self.channels[channel.key] = channel
+        before, session.pending = session.pending, channel
+        for older in (before, session.channel):
+            if older is not None:
+                self.end_channel(older, "superseded")
+        return channel
+
+    def settle(self) -> None:
+        """Everything that can move has moved."""
+        for session in list(self.sessions.values()):
+            if (channel := session.pending) is not None:
+                session.pending, session.channel = None, channel
+                channel.state = "current"
+                channel.send("hello")
+                for row in self.rows_of(session):
+                    if not row.withdrawn:
+                        self._revive(row, row.remembers if row.status == "inactive" else row.status)
+        if self.stopping and not self.stopped and self._is_quiet():
+            self._stop()
+        self._note_unused()
+
+    def end_channel(self, channel: Channel, reason: str | None) -> None:
+        """Its peer is gone (no reason), or the broker ends it."""
+        if channel.state == "ended":
+            return
+        session = self.sessions[channel.session]
+        if session.channel is channel:
+            session.channel = None
+        if session.pending is channel:
+            session.pending = None
+        if reason is not None:
+            channel.send("bye", reason)
+        channel.state, channel.reason = "ended", reason
+        for task in [t for t in self.sent() if t.channel is channel]:
+            if isinstance(task, Infer):
+                self._end(task, "failed", "publisher_disconnected")
+            else:
+                self._end_wake(task, "lost", "publisher_disconnected")
+        if session.channel is None and session.pending is None:
+            for row in self.rows_of(session):
+                self._lose(row)
+
+    def goodbye(self, name: str, owner: str) -> None:
+        self._remove_session(self.find_session(name, owner), "goodbye")
+
+    def evict(self, name: str) -> None:
+        if name not in self.sessions:
+            raise Refused("session_not_found")
+        self._remove_session(self.sessions[name], "evicted")
+
+    def _remove_session(self, session: Session, reason: str) -> None:
+        for row in self.rows_of(session):
+            self._withdraw(row)
+        for channel in (session.pending, session.channel):
+            if channel is not None:
+                self.end_channel(channel, reason)
+        del self.sessions[session.name]
+
+    # The life of a row
+
+    def _revive(self, row: Row, status: str) -> None:
+        """It is `status` from now on, and a sign of life came with it."""
+        row.status, row.remembers, row.since, row.beat = status, None, None, self.now
+        self._pump(row)
+
+    def _lose(self, row: Row) -> None:
+        if row.live:
+            row.status, row.remembers, row.since = "inactive", row.status, self.now
+            for infer in list(row.waiting):
+                self._end(infer, "failed", "publisher_disconnected" if infer.phase == "wake" else "model_offline")
+
+    def _withdraw(self, row: Row) -> None:
+        if row.live:
+            row.since = self.now
+        row.status, row.remembers = "inactive", None
+        for infer in list(row.waiting):
+            self._end(infer, "failed", "model_offline")
+
+    def _remove_row(self, row: Row) -> None:
+        for infer in list(row.waiting):
+            self._end(infer, "failed", "model_offline")
+        if row.wake is not None:
+            self._end_wake(row.wake, "lost", "model_offline", cancel="shutdown")
+        for infer in list(row.sent):
+            self._end(infer, "failed", "publisher_disconnected", cancel="shutdown")
+        del self.rows[row.name]
+
+    def _pump(self, row: Row) -> None:
+        """Those who wait go as far as they can."""
+        channel = self.channel_of(row)
+        if row.status == "active":
+            for infer in row.waiting:
+                if infer.phase == "wake":
+                    self._wait(infer, "queue")
+            while channel is not None and row.waiting and (row.slots is None or len(row.sent) < row.slots):
+                self._send(row.waiting.pop(0), channel)
+        elif row.status == "hibernating" and channel is not None and row.waiting and row.wake is None:
+            for infer in row.waiting:
+                if infer.phase == "queue":
+                    self._wait(infer, "wake")
+            self._start_wake(row, channel)
+
+    # Infers and wakes
+
+    def infer(self, name: str, stream: bool, reads: bool) -> Infer | None:
+        """None: accepted, and offline at once."""
+        if self.stopping:
+            raise Refused("shutting_down")
+        if name not in self.rows:
+            raise Refused("model_not_found")
+        row = self.rows[name]
+        session = self.sessions.get(row.session or "")
+        reachable = row.live and session is not None and (session.channel or session.pending) is not None
+        channel = self.channel_of(row)
+        free = row.slots is None or len(row.sent) < row.slots
+        goes = reachable and row.status == "active" and channel is not None and free and not row.waiting
+        full = len(row.waiting) >= BOUNDS["max_waiting_per_llm"] or len(self.waiting()) >= BOUNDS["max_waiting"]
+        if reachable and full and not goes:
+            raise Refused("queue_full")
+        self.counted["accepted"] += 1
+        if not reachable:
+            self.counted["failed"] += 1
+            self.offline += 1
+            return None
+        infer = Infer(self._key("i"), row, stream=stream, reads=reads, total_until=self.now + TIMES["total_s"])
+        self.tasks[infer.key] = infer
+        if goes:
+            self._send(infer, channel)
+        else:
+            row.waiting.append(infer)
+            self._wait(infer, "queue" if row.status == "active" else "wake")
+            self._pump(row)
+        return infer
+
+    def _wait(self, infer: Infer, phase: str) -> None:
+        limit = TIMES["queue_s"] if phase == "queue" else max(TIMES["wake_s"], infer.row.wake_s or 0)
+        infer.phase, infer.phase_until = phase, self.now + limit
+
+    def _send(self, infer: Infer, channel: Channel) -> None:
+        row = infer.row
+        infer.channel, infer.sent_at, infer.phase = channel, self.now, "sent"
+        row.sent.append(infer)
+        assert row.slots is None or len(row.sent) <= row.slots, "invariant 3"
+        channel.send("infer", row.name, infer.key)
+
+    def _end(self, infer: Infer, outcome: str, code: str, phase: str | None = None, **how: object) -> None:
+        assert infer.key not in self.ends, "invariant 2"
+        row = infer.row
+        (row.waiting if infer in row.waiting else row.sent).remove(infer)
+        self.ends[infer.key] = (outcome, code, phase)
+        self.counted[outcome] += 1
+        self._over(infer, **how)
+        self._pump(row)
+
+    def _over(self, task: Task, cancel: str | None = None, by_publisher: bool = False) -> None:
+        task.over = True
+        if task.channel is None:
+            return
+        session = self.sessions.get(task.channel.session)
+        if session is not None:
+            session.settled.append((task.key, by_publisher, self.now))
+            del session.settled[: -BOUNDS["max_settled_per_session"]]
+        if cancel is not None:
+            task.channel.send("cancel", task.row.name, task.key, cancel)
+
+    def _start_wake(self, row: Row, channel: Channel) -> None:
+        wake = Task(self._key("w"), row, channel, due=self.now + (row.wake_s or TIMES["wake_s"]))
+        self.tasks[wake.key] = row.wake = wake
+        self.counted["wakes"] += 1
+        channel.send("wake", row.name, wake.key)
+
+    def _end_wake(self, wake: Task, outcome: str, code: str = "", **how: object) -> None:
+        assert wake.key not in self.wake_ends, "invariant 2"
+        row = wake.row
+        row.wake = None
+        self.wake_ends[wake.key] = outcome
+        self.counted["woken" if outcome == "succeeded" else "unwoken"] += 1
+        self._over(wake, **how)
+        if outcome == "succeeded":
+            if row.live:
+                self._revive(row, "active")
+            return
+        waiters, row.waiting = [i for i in row.waiting if i.phase == "wake"], row.waiting
+        held, row.wake = row.wake, wake  # none of them begins another
+        for infer in waiters:
+            self._end(infer, "failed", code)
+        row.wake = held
+        self._pump(row)
+
+    def leave(self, infer: Infer) -> None:
+        if not infer.over:
+            self._end(infer, "cancelled", "client_disconnected", cancel="client_disconnected")
+
+    def read_on(self, infer: Infer) -> None:
+        """A reader that stood still takes what there is, and so the upload goes on."""
+        infer.reads = True
+        was_full = infer.full
+        infer.unread, infer.unread_since = 0, NEVER
+        if infer.over:
+            return
+        if was_full:
+            infer.last_byte_at = self.now
+        if (piece := infer.held) is not None:
+            infer.held = None
+            self._feed(infer, piece)
+
+    # Results
+
+    def open_upload(self, key: str, owner: str, status: int, offset: int | None, final: bool) -> Task:
+        task = self.find_task(key, owner)
+        if task.uploading:
+            raise Refused("result_in_progress")
+        if offset is None and (task.pieces or not final):
+            raise Refused("invalid_request")
+        if offset is not None and offset > len(task.body):
+            raise Refused("offset_gap")
+        task.uploading, task.final, task.status = True, final, status
+        task.pieces |= offset is not None
+        task.skip = 0 if offset is None else len(task.body) - offset
+        return task
+
+    def send(self, task: Task, data: bytes) -> bool:
+        """False: it is held back until the reader reads on."""
+        known = min(task.skip, len(data))
+        task.skip -= known
+        data = data[known:]
+        if data and isinstance(task, Infer) and task.full:
+            task.held = data
+            return False
+        if data:
+            self._feed(task, data)
+        return True
+
+    def _feed(self, task: Task, data: bytes) -> None:
+        task.body += data
+        if isinstance(task, Infer):
+            self._head(task)
+            task.last_byte_at = self.now
+            if not task.reads:
+                task.unread_since = task.unread_since if task.unread else self.now
+                task.unread += len(data)
+
+    def _head(self, infer: Infer) -> None:
+        if not infer.headed:
+            infer.headed, infer.head = True, infer.status
+
+    def finish(self, task: Task) -> None:
+        if task.final and task.skip:
+            self.abort(task)  # the answer ends before what has arrived of it
+            raise Refused("invalid_request")
+        task.uploading = False
+        if not task.final:
+            return
+        if isinstance(task, Infer):
+            self._head(task)
+            self._end(task, "completed", "completed", by_publisher=True)
+        elif 200 <= task.status <= 299:
+            self._end_wake(task, "succeeded", by_publisher=True)
+        else:
+            self._end_wake(task, "failed", "wake_failed", by_publisher=True)
+
+    def abort(self, task: Task) -> None:
+        task.uploading = False
+        if isinstance(task, Infer):
+            task.held = None
+        if task.final and not task.over:
+            self._fail(task)
+
+    def fail(self, key: str, owner: str) -> None:
+        self._fail(self.find_task(key, owner))
+
+    def _fail(self, task: Task) -> None:
+        if isinstance(task, Infer):
+            self._end(task, "failed", "publisher_error", by_publisher=True)
+        else:
+            self._end_wake(task, "failed", "wake_failed", by_publisher=True)
+
+    # Operators
+
+    def put_public(self, name: str) -> None:
+        if name in self.rows and not self.rows[name].public:
+            raise Refused("llm_is_virtual")
+        self.rows.setdefault(name, Row(name, "local", "active", None, public=True, beat=self.now))
+
+    def delete_llm(self, name: str) -> None:
+        if name not in self.rows:
+            raise Refused("model_not_found")
+        self._remove_row(self.rows[name])
+
+    def sweep(self) -> tuple[list[str], list[str]]:
+        """Names that it makes inactive, and that it deletes."""
+        was_live = {r.name for r in self.rows.values() if r.live}
+        was_there = set(self.rows)
+        for row in list(self.rows.values()):
+            if row.live and row.beat <= self.now - TIMES["heartbeat_timeout_s"]:
+                channel = self.channel_of(row)
+                if channel is not None:  # with it go all its rows
+                    self.end_channel(channel, "stale")
+                self._lose(row)
+        self._note_unused()
+        if self.now >= self.started_at + TIMES["heartbeat_timeout_s"]:
+            long_ago = self.now - TIMES["inactive_retention_s"]
+            for row in list(self.rows.values()):
+                if row.since is not None and row.since <= long_ago:
+                    self._remove_row(row)
+            for session in list(self.sessions.values()):
+                if session.unused_at_least is not None and session.unused_at_least <= long_ago:
+                    del self.sessions[session.name]
+                elif session.unused_at_most is not None and session.unused_at_most <= long_ago:
+                    session.may_be_gone = True
+        self._note_unused()
+        inactive = {r.name for r in self.rows.values() if r.status == "inactive"}
+        return sorted(was_live & inactive), sorted(was_there - set(self.rows))
+
+    def _note_unused(self) -> None:
+        for session in self.sessions.values():
+            channel = session.channel or session.pending
+            rows = self.rows_of(session)
+            if channel is not None or rows:
+                session.unused_at_least = None
+            elif session.unused_at_least is None:
+                session.unused_at_least = self.now
+            if channel is not None or not all(row.withdrawn for row in rows):
+                session.unused_at_most = None
+            elif session.unused_at_most is None:
+                session.unused_at_most = self.now
+
+    # Stopping
+
+    def drain(self, grace_s: float) -> None:
+        self.stopping, self.stop_at = True, self.now + grace_s
+
+    def _is_quiet(self) -> bool:
+        return not any(r.waiting or r.sent for r in self.rows.values())
+
+    def _stop(self) -> None:
+        self.stopping = self.stopped = True
+        for infer in self.waiting():
+            if not infer.over:
+                self._end(infer, "failed", "shutting_down")
+        for task in self.sent():
+            if isinstance(task, Infer):
+                self._end(task, "failed", "shutting_down", cancel="shutdown")
+            else:
+                self._end_wake(task, "lost", "shutting_down", cancel="shutdown")
+        for session in self.sessions.values():
+            for channel in (session.pending, session.channel):
+                if channel is not None:
+                    self.end_channel(channel, "shutdown")
+
+    def restart(self) -> None:
+        """It is closed, and another begins on its store."""
+        self._stop()
+        self._note_unused()
+        self.begin()
+        for row in self.rows.values():
+            row.waiting, row.sent, row.wake = [], [], None
+            self._lose(row)
+        for session in self.sessions.values():
+            session.settled = []
+
+    # Time
+
+    def _due(self, infer: Infer) -> tuple[float, str]:
+        """When the clock ends it, and in which phase."""
+        ends = [(infer.total_until, "total")]
+        if infer.channel is None:
+            ends.append((infer.phase_until, infer.phase))
+        elif not infer.headed:
+            ends.append((infer.sent_at + TIMES["first_byte_s"] if infer.stream else NEVER, "first_byte"))
+        else:
+            ends.append((infer.unread_since + TIMES["peer_stall_s"], "stall"))
+            ends.append((NEVER if infer.full else infer.last_byte_at + TIMES["idle_s"], "idle"))
+        return min(ends, key=lambda end: end[0])
+
+    def causes(self) -> list[tuple[float, str, Callable[[Model], None]]]:
+        """What is due now, the longest due first: since when, what, and how it is done."""
+        found: list[tuple[float, str, Callable[[Model], None]]] = []
+        for task in self.tasks.values():
+            if task.over:
+                continue
+            if isinstance(task, Infer):
+                wake = task.row.wake
+                if task.channel is None and wake is not None and wake.due <= self.now:
+                    continue  # it is the wake that failed, for all who wait
+                due = self._due(task)[0]
+                found.append((due, task.key, lambda model, key=task.key: model._time_out(key)))
+            else:
+                found.append((task.due, task.key, lambda model, key=task.key: model._time_out(key)))
+        found.append((self.next_sweep, "sweep", Model._sweep_by_clock))
+        if self.stopping and not self.stopped:
+            found.append((self.now if self._is_quiet() else self.stop_at, "stop", Model._stop))
+        return sorted((c for c in found if c[0] <= self.now), key=lambda c: c[:2])
+
+    def _time_out(self, key: str) -> None:
+        task = self.tasks[key]
+        if not isinstance(task, Infer):
+            self._end_wake(task, "timed_out", "wake_timeout", cancel="deadline_exceeded")
+            return
+        phase = self._due(task)[1]
+        if phase == "stall":
+            self.leave(task)
+        else:
+            self._end(task, "failed", "deadline_exceeded", phase, cancel="deadline_exceeded")
+
+    def _sweep_by_clock(self) -> None:
+        self.sweep()
+        self.next_sweep = self.now + TIMES["sweep_interval_s"]
+
+    def after(self, now: float, is_possible: Callable[[Model], bool]) -> Iterator[Model]:
+        """Every model that may be, once it is `now`; `is_possible` cuts off those that are already wrong."""
+        self.now = now
+        causes = self.causes()
+        if not causes:
+            self.settle()
+            if self.causes():
+                yield from self.after(now, is_possible)
+            else:
+                yield self
+        for _, _, act in causes:
+            model = copy.deepcopy(self) if len(causes) > 1 else self
+            act(model)
+            if is_possible(model):
+                yield from model.after(now, is_possible)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One entry of a register."""
+
+    name: str
+    status: str | None = None
+    slots: int | None = None
+    wake_s: float | None = None

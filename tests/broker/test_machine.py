@@ -1,0 +1,788 @@
+"""The broker against a model of it, in any order of anything: Hypothesis thinks of the order.
+
+Each rule asks the same of `model.Model` and of a broker on the virtual clock; they must answer alike, and then everything
+that can be seen of the broker (rows, sessions, tasks, counters, outcomes, what callers got, every frame, the store) must be
+what the model says. Some rules may act without letting anything run in between (`settle=False`): so the next one meets a
+channel that is about to be current, or an end whose tasks have not been joined.
+
+A failure prints its steps as a program that replays it. For a long search:
+
+    WAKECALL_MACHINE_EXAMPLES=5000 pytest tests/broker/test_machine.py      (or: just machine 5000)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import trio
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+
+from wakecall import BrokerConfig, InferRequest, LLMSpec, Status, WakecallError, open_broker
+from wakecall.broker import Broker
+from wakecall.errors import ModelOffline, TaskOver
+from wakecall.frames import Frame
+from wakecall.models import Event, InferSettled, WakeSettled
+from wakecall.session import Channel
+from wakecall.store.base import MemoryStore
+from wakecall.task import Infer
+from wakecall.testing import check_invariants
+from wakecall.upload import Upload
+
+from . import model as theory
+from .stage import Stage
+
+CONFIG = BrokerConfig(**theory.TIMES, **theory.BOUNDS, grace_s=20.0)
+EPOCH = 1_700_000_000  # of the wall clock that conftest gives every broker
+
+OWNERS = {"s1": "anna", "s2": "anna", "s3": "anna", "s4": "ben", "s5": "ben"}
+NAMES = ["a", "b", "c", "d"]
+#: How many orders of one instant's deadlines are tried before a difference is a fault.
+MOST_ORDERS = 500
+
+sessions = st.sampled_from(list(OWNERS))
+names = st.sampled_from(NAMES)
+statuses = st.sampled_from(["active", "hibernating"])
+specs = st.lists(
+    st.builds(
+        theory.Spec,
+        names,
+        status=st.none() | statuses,
+        slots=st.sampled_from([None, 1, 1, 2]),
+        wake_s=st.sampled_from([None, None, 25.0, 55.0]),
+    ),
+    unique_by=lambda spec: spec.name,
+    max_size=4,
+)
+pieces = st.sampled_from([b"", b"x", b"abc", b"0123456789ab"])
+seldom = st.sampled_from([False] * 9 + [True])
+settles = st.sampled_from([True, True, False])
+
+
+def chosen(pick):
+    """One of what `pick` finds in the machine."""
+    return st.runner().flatmap(lambda machine: st.sampled_from(pick(machine)))
+
+
+def any_task(machine):
+    return list(machine.model.tasks)[-10:]
+
+
+def sent(machine):
+    return [task.key for task in machine.model.sent()]
+
+
+def free(machine):
+    """Tasks that a result may begin for."""
+    return [task.key for task in machine.model.sent() if not task.uploading]
+
+
+def moving(machine):
+    """Uploads that are under way and not held back."""
+    return [key for key in machine.uploads if getattr(machine.model.tasks[key], "held", None) is None]
+
+
+class Caller:
+    """One client. One that does not read takes the head, and then stands still until `reads` is set."""
+
+    def __init__(self, infer: Infer, reads: bool) -> None:
+        self.infer = infer
+        self.reads = trio.Event()
+        if reads:
+            self.reads.set()
+        self.status: int | None = None
+        self.body: bytes | None = None
+        self.error: WakecallError | None = None
+        self.over = False
+
+    async def run(self) -> None:
+        try:
+            reply = await self.infer.wait_head()
+            self.status = reply.status
+            await self.reads.wait()
+            self.body = await reply.read()
+        except WakecallError as error:
+            self.error = error
+        finally:
+            self.infer.cancel()
+            self.over = True
+
+
+class Line:
+    """A publisher's end of a channel, which takes every frame at once."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.frames: list[Frame] = []
+        self.over = False
+
+    async def run(self) -> None:
+        async for frame in self.channel:
+            self.frames.append(frame)
+        self.over = True
+
+
+class Machine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = Stage()
+        self.model = theory.Model()
+        self.store = MemoryStore()
+        self.ids: dict[str, str] = {}  # the model's key → task id
+        self.keys: dict[str, str] = {}
+        self.callers: dict[str, Caller] = {}
+        self.lines: dict[str, Line] = {}
+        self.uploads: dict[str, Upload] = {}
+        self.events: list[Event] = []
+        self.ended: dict[str, InferSettled | WakeSettled] = {}
+        self.offline = 0
+        self.checked: set[str] = set()
+        self.open()
+
+    # The broker under test
+
+    def open(self) -> None:
+        self.closing = trio.Event()
+        self.closed = False
+        self.broker: Broker = self.stage.wait(lambda: self.stage._nursery.start(self.keep))
+        self.check()
+
+    async def keep(self, task_status: trio.TaskStatus[Broker]) -> None:
+        async with open_broker(self.store, CONFIG) as broker:
+            broker.add_observer(self.events.append)
+            task_status.started(broker)
+            await self.closing.wait()
+        self.closed = True
+
+    def close(self) -> None:
+        """Everything is joined, and nothing is left."""
+        self.stage.do(self.closing.set)
+        self.stage.settle()
+        assert self.closed
+        counted = self.stage.do(check_invariants, self.broker)
+        assert (counted.waiting, counted.in_flight, counted.wakes_in_flight, counted.channels) == (0, 0, 0, 0)
+        directory = self.broker._directory
+        assert directory.tasks == {}
+        assert directory.waiting_deadlines.armed == 0
+        assert all((r.in_flight, len(r.waiting), r.wake) == (0, 0, None) for r in directory.rows.values())
+        assert all((s.channel, s.pending, s.leaving) == (None, None, None) for s in directory.sessions.values())
+        for line in self.lines.values():
+            channel = line.channel
+            assert line.over
+            assert channel.joined.is_set()
+            assert channel.tasks == {}
+            assert channel.deadlines.armed == 0
+        self.uploads.clear()
+
+    def teardown(self) -> None:
+        try:
+            if sys.exc_info()[0] is None:
+                for key in list(self.callers):
+                    self.read_on(key)
+                self.restart(crash=False)
+                self.close()
+                assert all(caller.over for caller in self.callers.values())
+        finally:
+            self.stage.close()
+
+    # Asking both
+
+    def ask(self, ask_model, ask_broker, *, settle=True):
+        """Returns what the model answered, and what the broker did; both None if they refused alike."""
+        expected = refused = answer = error = None
+        try:
+            expected = ask_model()
+        except theory.Refused as raised:
+            refused = raised
+        try:
+            answer = ask_broker()
+        except WakecallError as raised:
+            error = raised
+        if refused is not None:
+            assert error is not None, f"refused by the model alone: {refused}"
+            assert error.code in refused.codes, (error.code, refused.codes)
+        elif error is not None:
+            raise error
+        if settle:
+            self.check()
+        return expected, answer
+
+    def check(self) -> None:
+        """Everything moves, and is as the model says."""
+        self.stage.settle()
+        self.model.settle()
+        self.compare_with(self.model)
+        self.after_check()
+
+    def after_check(self) -> None:
+        for key in [key for key in self.uploads if self.model.tasks[key].over]:
+            # Whoever still uploads for a task that is over is refused, and nothing changes.
+            upload = self.uploads.pop(key)
+            assert upload.task.upload in (None, upload)
+            upload.abort()
+        if self.model.stopped:
+            self.restart(crash=False)
+
+    def id_of(self, key: str) -> str:
+        if key not in self.ids:
+            self.check()  # a wake's is in a frame
+        return self.ids[key]
+
+    # Publishers
+
+    @rule(session=sessions, stranger=seldom, specs=specs)
+    def register(self, session, stranger, specs):
+        owner = self.owner(session, stranger)
+        expected, answer = self.ask(
+            lambda: self.model.register(session, owner, specs),
+            lambda: self.stage.wait(lambda: self.broker.register(session, self.llm_specs(specs), owner=owner)),
+            settle=False,
+        )
+        if expected is not None:
+            assert {llm.name: (llm.status, llm.outcome) for llm in answer.llms} == expected
+        self.check()
+
+    @rule(session=sessions, specs=specs.filter(bool))
+    def arrive(self, session, specs):
+        """As most do: register, and open a channel."""
+        self.register(session, False, specs)
+        self.open_channel(session, False, True)
+
+    @rule(
+        session=sessions,
+        stranger=seldom,
+        reported=st.dictionaries(names, statuses, max_size=2),
+        tasks=st.runner().flatmap(lambda m: st.lists(st.sampled_from([*any_task(m), "t0"]), max_size=5, unique=True)),
+    )
+    def heartbeat(self, session, stranger, reported, tasks):
+        owner = self.owner(session, stranger)
+        ids = {(self.id_of(key) if key != "t0" else "unknown"): key for key in tasks}
+        said = {name: Status(status) for name, status in reported.items()}
+        expected, answer = self.ask(
+            lambda: self.model.heartbeat(session, owner, reported, tasks),
+            lambda: self.stage.wait(lambda: self.broker.heartbeat(session, said, list(ids), owner=owner)),
+            settle=False,
+        )
+        if expected is not None:
+            assert [ids[task_id] for task_id in answer.drop] == expected
+            rows = {row.name: row for row in self.model.rows_of(self.model.sessions[session])}
+            assert {n for n, r in rows.items() if not r.withdrawn} <= set(answer.llms) <= set(rows)
+            assert all(rows[name].status == status for name, status in answer.llms.items())
+        self.check()
+
+    @rule(session=sessions, stranger=seldom, settle=settles)
+    def open_channel(self, session, stranger, settle):
+        owner = self.owner(session, stranger)
+        expected, answer = self.ask(
+            lambda: self.model.open_channel(session, owner),
+            lambda: self.stage.do(lambda: self.broker.open_channel_nowait(session, owner=owner)),
+            settle=False,
+        )
+        if expected is not None:
+            line = self.lines[expected.key] = Line(answer)
+            self.stage.start(line.run)
+        if settle:
+            self.check()
+
+    @precondition(lambda self: self.lines)
+    @rule(channel=chosen(lambda m: list(m.lines)[-5:]), settle=settles)
+    def disconnect(self, channel, settle):
+        self.ask(
+            lambda: self.model.end_channel(self.model.channels[channel], None),
+            lambda: self.stage.do(self.lines[channel].channel.disconnect),
+            settle=settle,
+        )
+
+    @rule(session=sessions, stranger=seldom)
+    def goodbye(self, session, stranger):
+        owner = self.owner(session, stranger)
+        self.ask(
+            lambda: self.model.goodbye(session, owner),
+            lambda: self.stage.wait(lambda: self.broker.goodbye(session, owner=owner)),
+        )
+
+    # Clients
+
+    @rule(name=names, stream=st.booleans(), reads=st.sampled_from([True, True, False]), settle=settles)
+    def infer(self, name, stream, reads, settle):
+        def ask_broker():
+            try:
+                return self.stage.do(self.broker.infer_nowait, name, InferRequest("/v1/x", b"{}", stream=stream))
+            except ModelOffline:
+                return None  # accepted all the same
+
+        expected, answer = self.ask(
+            lambda: self.model.infer(name, stream, reads),
+            ask_broker,
+            settle=False,
+        )
+        assert (expected is None) == (answer is None)
+        if expected is not None:
+            self.learn(expected.key, answer.task_id)
+            caller = self.callers[expected.key] = Caller(answer, reads)
+            self.stage.start(caller.run)
+        if settle:
+            self.check()
+
+    @rule(name=names, count=st.integers(2, 4))
+    def infers(self, name, count):
+        """Several in one instant."""
+        for _ in range(count):
+            self.infer(name, False, True, False)
+        self.check()
+
+    @precondition(lambda self: self.callers)
+    @rule(infer=chosen(lambda m: list(m.callers)[-6:]), settle=settles)
+    def leave(self, infer, settle):
+        self.ask(
+            lambda: self.model.leave(self.model.tasks[infer]),
+            lambda: self.stage.do(self.callers[infer].infer.cancel),
+            settle=settle,
+        )
+
+    @precondition(lambda self: any(not c.reads.is_set() for c in self.callers.values()))
+    @rule(infer=chosen(lambda m: [key for key, c in m.callers.items() if not c.reads.is_set()]))
+    def read_on(self, infer):
+        self.check()
+        self.ask(
+            lambda: self.model.read_on(self.model.tasks[infer]),
+            lambda: self.stage.do(self.callers[infer].reads.set),
+        )
+
+    # Results
+
+    @precondition(sent)
+    @rule(task=chosen(sent), data=pieces, status=st.sampled_from([200, 204, 404, 500]))
+    def answer(self, task, data, status):
+        """Whole, at once."""
+        if getattr(self.model.tasks[task], "full", False):
+            return
+        self.result(task, False, data, status, None, True)
+
+    @precondition(any_task)
+    @rule(
+        task=chosen(any_task),
+        stranger=seldom,
+        data=pieces,
+        status=st.sampled_from([200, 500]),
+        back=st.sampled_from([None, 0, 0, 0, 2, -3]),
+        final=st.booleans(),
+    )
+    def result(self, task, stranger, data, status, back, final):
+        """A piece, or the last one, that begins `back` bytes before the end of what there is (None: it does not say)."""
+        task_id, theirs = self.id_of(task), self.model.tasks[task]
+        if getattr(theirs, "full", False) and not theirs.over:
+            return
+        offset = None if back is None else max(len(theirs.body) - back, 0)
+        owner = self.owner_of(task, stranger)
+
+        def ask_model():
+            self.model.open_upload(task, owner, status, offset, final)
+            self.model.send(theirs, data)
+            self.model.finish(theirs)
+
+        async def ask_broker():
+            if final:
+                await self.broker.complete(task_id, data, status=status, offset=offset, owner=owner)
+            else:
+                await self.broker.push_chunk(task_id, data, status=status, offset=offset, owner=owner)
+
+        if not final and offset is None:
+            return
+        self.ask(ask_model, lambda: self.stage.wait(ask_broker))
+
+    @precondition(any_task)
+    @rule(
+        task=chosen(lambda m: free(m) or any_task(m)),
+        stranger=seldom,
+        status=st.sampled_from([200, 503]),
+        back=st.sampled_from([None, None, None, 0, 2]),
+        final=st.sampled_from([True, True, False]),
+    )
+    def begin(self, task, stranger, status, back, final):
+        task_id, theirs, owner = self.id_of(task), self.model.tasks[task], self.owner_of(task, stranger)
+        offset = None if back is None else max(len(theirs.body) - back, 0)
+        _, upload = self.ask(
+            lambda: self.model.open_upload(task, owner, status, offset, final),
+            lambda: self.stage.do(
+                lambda: self.broker.open_upload(task_id, owner=owner, status=status, offset=offset, final=final)
+            ),
+            settle=False,
+        )
+        if upload is not None:
+            self.uploads[task] = upload
+        self.check()
+
+    @precondition(moving)
+    @rule(task=chosen(moving), data=pieces)
+    def send(self, task, data):
+        self.check()
+        if task not in moving(self):
+            return
+        upload = self.uploads[task]
+        if self.model.send(self.model.tasks[task], data):
+            self.stage.wait(lambda: upload.send(data))
+        else:
+            self.stage.start(self.send_held, upload, data)
+        self.check()
+
+    async def send_held(self, upload: Upload, data: bytes) -> None:
+        try:
+            await upload.send(data)
+        except TaskOver:
+            assert upload.task.is_over
+
+    @precondition(moving)
+    @rule(task=chosen(moving))
+    def finish(self, task):
+        self.check()
+        if task not in moving(self):
+            return
+        upload = self.uploads.pop(task)
+
+        async def finish():
+            with upload:
+                await upload.finish()
+
+        self.ask(lambda: self.model.finish(self.model.tasks[task]), lambda: self.stage.wait(finish))
+
+    @precondition(moving)
+    @rule(task=chosen(moving))
+    def break_off(self, task):
+        self.check()
+        if task not in moving(self):
+            return
+        upload = self.uploads.pop(task)
+        self.ask(lambda: self.model.abort(self.model.tasks[task]), lambda: self.stage.do(upload.abort))
+
+    @precondition(any_task)
+    @rule(task=chosen(lambda m: sent(m) or any_task(m)), stranger=seldom, settle=settles)
+    def fail(self, task, stranger, settle):
+        task_id, owner = self.id_of(task), self.owner_of(task, stranger)
+        self.ask(
+            lambda: self.model.fail(task, owner),
+            lambda: self.stage.do(lambda: self.broker.fail(task_id, "no", owner=owner)),
+            settle=settle,
+        )
+
+    # Operators
+
+    @rule(session=sessions)
+    def evict(self, session):
+        self.ask(lambda: self.model.evict(session), lambda: self.stage.wait(lambda: self.broker.evict(session)))
+
+    @rule(name=names)
+    def put_public(self, name):
+        self.ask(
+            lambda: self.model.put_public(name),
+            lambda: self.stage.wait(lambda: self.broker.put_public_llm(name, type="t", model="m", url="https://x")),
+        )
+
+    @rule(name=names)
+    def delete_llm(self, name):
+        self.ask(lambda: self.model.delete_llm(name), lambda: self.stage.wait(lambda: self.broker.delete_llm(name)))
+
+    @rule()
+    def sweep(self):
+        expected, report = self.ask(self.model.sweep, lambda: self.stage.wait(self.broker.sweep), settle=False)
+        assert (sorted(report.inactivated), sorted(report.deleted)) == expected
+        self.check()
+        again, report = self.ask(self.model.sweep, lambda: self.stage.wait(self.broker.sweep))
+        assert again == ([], []) == (list(report.inactivated), list(report.deleted)), "a sweep is idempotent"
+
+    @rule(crash=st.booleans())
+    def restart(self, crash):
+        """A broker that was killed has told its store no more than one that was closed, once both are at rest."""
+        self.check_only()
+        store = MemoryStore()
+        store._llms, store._sessions = dict(self.store._llms), dict(self.store._sessions)
+        if not self.model.stopped:
+            self.model._stop()
+        self.close()
+        self.compare_callers(self.model)
+        self.compare_frames(self.model)
+        self.collect()
+        if crash:
+            self.store = store
+        self.model.restart()
+        self.open()
+
+    @rule(grace_s=st.sampled_from([0.5, 20.0, 100.0]))
+    def drain(self, grace_s):
+        if self.model.stopping:
+            return
+        self.check()
+        self.model.drain(grace_s)
+        self.stage.start(self.broker.drain, grace_s)
+        self.check()
+
+    # Time
+
+    @rule(seconds=st.sampled_from([0.5, 5.0, 14.5, 30.0, 45.0, 60.0, 90.0, 150.0, 400.0]))
+    def wait(self, seconds):
+        """From deadline to deadline."""
+        self.check()
+        until = self.stage.now() + seconds
+        while (left := until - self.stage.now()) > 0:
+            self.stage.pass_time(min(left, self.stage.until_next_deadline()))
+            self.check_time()
+
+    @rule(seconds=st.sampled_from([15.0, 40.0, 70.0, 500.0]))
+    def leap(self, seconds):
+        """All deadlines at once: the machine was busy, or suspended."""
+        self.check()
+        self.stage.pass_time(seconds)
+        self.check_time()
+
+    def check_time(self) -> None:
+        """Where several deadlines were up at once the model says what may be: one of that it must be."""
+        self.collect()
+        first: AssertionError | None = None
+        for tries, model in enumerate(self.model.after(self.stage.now(), self.is_possible)):
+            try:
+                self.compare_with(model)
+            except AssertionError as error:
+                first = first or error
+                if tries >= MOST_ORDERS:
+                    break
+            else:
+                self.model = model
+                self.after_check()
+                return
+        raise first or AssertionError(f"no order of what was due gives this: {self.model.causes()}")
+
+    def is_possible(self, model: theory.Model) -> bool:
+        for key, (outcome, code, _) in model.ends.items():
+            event = self.ended.get(self.ids[key])
+            if event is None or (event.outcome, event.code) != (outcome, code):
+                return False
+        return True
+
+    # Comparing
+
+    def compare_with(self, model: theory.Model) -> None:
+        self.collect()
+        self.stage.do(self.compare_state, model)
+        self.compare_frames(model)
+        self.compare_outcomes(model)
+        self.compare_callers(model)
+
+    def check_only(self) -> None:
+        self.stage.settle()
+        self.model.settle()
+        self.compare_with(self.model)
+
+    def collect(self) -> None:
+        for event in self.events:
+            if isinstance(event, InferSettled) and event.phase == "offline":
+                self.offline += 1
+            elif isinstance(event, (InferSettled, WakeSettled)):
+                assert event.task_id not in self.ended, "invariant 2: one outcome"
+                self.ended[event.task_id] = event
+        self.events.clear()
+
+    def compare_state(self, model: theory.Model) -> None:
+        broker = self.broker
+        counted = check_invariants(broker)
+        ends, held = model.counted, [t for t in model.sent() if not isinstance(t, theory.Infer)]
+        assert {
+            "accepted": counted.accepted,
+            "completed": counted.completed,
+            "failed": counted.failed,
+            "cancelled": counted.cancelled,
+            "wakes": counted.wakes_started,
+            "woken": counted.wakes_succeeded,
+            "unwoken": counted.wakes_failed,
+        } == ends
+        assert counted.wakes_in_flight == len(held)
+        assert counted.waiting == len(model.waiting())
+
+        # A session may have been forgotten: see the model.
+        known = {view.record.session_id: view for view in broker.session_views()}
+        for name in [n for n, s in model.sessions.items() if s.may_be_gone and n not in known]:
+            del model.sessions[name]
+        for session in model.sessions.values():
+            session.may_be_gone = False
+        assert {n: (v.record.owner, v.connected, v.record.epoch) for n, v in known.items()} == {
+            s.name: (s.owner, s.channel is not None, s.epoch) for s in model.sessions.values()
+        }
+        for name, view in known.items():
+            rows = model.rows_of(model.sessions[name])
+            assert {r.name for r in rows if not r.withdrawn} <= set(view.llms) <= {r.name for r in rows}, name
+        assert counted.channels == sum(s.channel is not None for s in model.sessions.values())
+
+        assert {view.llm.name: self.seen_row(view) for view in broker.llm_views()} == {
+            row.name: self.expected_row(model, row) for row in model.rows.values()
+        }
+        # At rest the store has what memory has.
+        assert self.store._llms == {llm.name: llm for llm in broker.llms()}
+        assert self.store._sessions == {name: view.record for name, view in known.items()}
+
+        tasks = {self.keys.get(t.task_id, t.kind): (t.llm, t.state) for t in broker.task_views()}
+        expected = {}
+        for task in [*model.sent(), *model.waiting()]:
+            state = "sent"
+            if isinstance(task, theory.Infer):
+                state = "answering" if task.headed else {"queue": "queued", "wake": "waking"}.get(task.phase, "sent")
+            expected[task.key if task.key in self.ids else "wake"] = (task.row.name, state)
+        assert tasks == expected
+
+        # Nothing grows without bound (5), and only what waits or was sent has a deadline.
+        directory = broker._directory
+        assert directory.waiting_deadlines.armed == counted.waiting
+        assert len(directory.settled) == sum(len(s.settled) for s in directory.sessions.values())
+        assert all(len(s.settled) <= CONFIG.max_settled_per_session for s in directory.sessions.values())
+        for session in directory.sessions.values():
+            if session.channel is not None:
+                stall = 1  # its own, which is disarmed only when it falls due
+                assert 0 <= session.channel.deadlines.armed - len(session.channel.tasks) <= stall
+        assert set(directory.rows) == {*directory.live, *directory.inactive} | {
+            row.name for row in model.rows.values() if row.public
+        }
+        assert set(directory.unused) <= set(directory.sessions)
+
+    def seen_row(self, view):
+        llm = view.llm
+        loose = llm.kind == "public" or (llm.status == "inactive" and llm.remembers is None)
+        return {
+            "kind": llm.kind,
+            "owner": llm.owner,
+            "status": llm.status,
+            "remembers": llm.remembers,
+            "session": llm.session_id,
+            "since": llm.inactive_since,
+            "beat": None if loose else llm.last_heartbeat_at,
+            "slots": llm.max_concurrency,
+            "in_flight": view.in_flight,
+            "waiting": view.waiting,
+            "waking": view.waking,
+            "routable": view.routable,
+        }
+
+    def expected_row(self, model, row):
+        return {
+            "kind": "public" if row.public else "virtual",
+            "owner": row.owner,
+            "status": row.status,
+            "remembers": row.remembers,
+            "session": row.session,
+            "since": None if row.since is None else EPOCH + row.since,
+            "beat": None if row.public or row.withdrawn else EPOCH + row.beat,
+            "slots": row.slots,
+            "in_flight": len(row.sent),
+            "waiting": len(row.waiting),
+            "waking": row.wake is not None,
+            "routable": row.live and model.channel_of(row) is not None,
+        }
+
+    def compare_frames(self, model: theory.Model) -> None:
+        """Each row's frames in their order; that of two rows' in one step is nobody's business."""
+        for key, line in self.lines.items():
+            if key in self.checked:
+                continue
+            channel, expected = model.channels[key], {}
+            for event, *rest in channel.frames:
+                expected.setdefault(rest[0] if len(rest) > 1 else None, []).append((event, *rest))
+            seen, wakes = {}, {}
+            for number, frame in enumerate(line.frames, 1):
+                assert frame.id == f"{channel.epoch}-{number}"
+                data = frame.data
+                if frame.event == "hello":
+                    assert (number, data["epoch"], data["session_id"]) == (1, channel.epoch, channel.session)
+                    seen.setdefault(None, []).append(("hello",))
+                elif frame.event == "bye":
+                    assert number == len(line.frames)
+                    seen.setdefault(None, []).append(("bye", data["reason"]))
+                else:
+                    task_id = data["task_id"]
+                    name = self.keys.get(task_id) or wakes.get(task_id)
+                    if name is None and frame.event == "wake":
+                        # A wake that is new here: the model's next of this row.
+                        group = expected.get(data["llm"], [])
+                        place = len(seen.get(data["llm"], []))
+                        assert place < len(group), f"a frame too many: {frame}"
+                        assert group[place][0] == "wake", (group, frame)
+                        name = wakes[task_id] = group[place][2]
+                    assert name is not None, frame
+                    row = model.tasks[name].row.name
+                    reason = (data["reason"],) if frame.event == "cancel" else ()
+                    seen.setdefault(row, []).append((frame.event, row, name, *reason))
+            if channel.state == "ended" and channel.reason is None:
+                # What had not been taken went with its peer.
+                assert all(frames == expected.get(row, [])[: len(frames)] for row, frames in seen.items())
+            else:
+                assert seen == expected, key
+            for task_id, name in wakes.items():
+                self.learn(name, task_id)
+            if channel.state == "ended":
+                assert line.over
+                self.checked.add(key)
+
+    def learn(self, key: str, task_id: str) -> None:
+        assert self.ids.setdefault(key, task_id) == task_id
+        assert self.keys.setdefault(task_id, key) == key
+
+    def compare_outcomes(self, model: theory.Model) -> None:
+        """Every accepted infer, and every wake, has the one outcome that the model gives it, or none yet."""
+        seen = {self.keys[i]: (e.outcome, e.code) for i, e in self.ended.items() if isinstance(e, InferSettled)}
+        assert seen == {key: (outcome, code) for key, (outcome, code, _) in model.ends.items()}
+        assert self.offline == model.offline
+        wakes = [e.outcome for e in self.ended.values() if isinstance(e, WakeSettled)]
+        assert sorted(wakes) == sorted(model.wake_ends.values())
+        for task_id, event in self.ended.items():
+            if isinstance(event, WakeSettled) and task_id in self.keys:
+                assert event.outcome == model.wake_ends[self.keys[task_id]]
+
+    def compare_callers(self, model: theory.Model) -> None:
+        for key, caller in self.callers.items():
+            infer = model.tasks[key]
+            assert caller.infer.is_over == infer.over
+            if not infer.over or not infer.reads:
+                assert not caller.over or not infer.headed
+                continue
+            outcome, code, phase = model.ends[key]
+            assert caller.over
+            if infer.headed:
+                assert caller.status == infer.head
+            if outcome == "completed":
+                assert caller.error is None
+                assert caller.body == infer.body
+            else:
+                assert (caller.error.code, caller.error.phase) == (code, phase if phase != "stall" else None)
+
+    # Words
+
+    def owner(self, session: str, stranger: bool) -> str:
+        owner = OWNERS[session]
+        return {"anna": "ben", "ben": "anna"}[owner] if stranger else owner
+
+    def owner_of(self, task: str, stranger: bool) -> str:
+        theirs = self.model.tasks[task]
+        return self.owner(theirs.channel.session if theirs.channel is not None else "s1", stranger)
+
+    def llm_specs(self, specs):
+        return [
+            LLMSpec(s.name, status=s.status and Status(s.status), max_concurrency=s.slots, wake_s=s.wake_s)
+            for s in specs
+        ]
+
+
+EXAMPLES = os.environ.get("WAKECALL_MACHINE_EXAMPLES")
+
+
+def test_the_broker_does_what_the_model_says_in_any_order():
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=int(EXAMPLES or 100),
+            stateful_step_count=50,
+            # The same examples each time, unless someone has come to search.
+            derandomize=EXAMPLES is None,
+            database=None,
+            deadline=None,
+            print_blob=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
