@@ -132,7 +132,9 @@ class Session:
     epoch: int = 0
     channel: Channel | None = None
     pending: Channel | None = None
-    settled: list[tuple[str, bool, float]] = field(default_factory=list)  # task, ended by its publisher, when
+    settled: list[tuple[str, bool, float, int]] = field(
+        default_factory=list
+    )  # task, by its publisher, when, in which step
     # Whether a session "has" a row that was withdrawn from it the protocol does not say (a row bears the id of a session
     # that left, too), so there are two answers to since when it has had none.
     unused_at_least: float | None = None
@@ -143,6 +145,7 @@ class Session:
 class Model:
     def __init__(self) -> None:
         self.now = 0.0
+        self.step = 0  # what happens in one step has no order
         self.rows: dict[str, Row] = {}
         self.sessions: dict[str, Session] = {}
         self.channels: dict[str, Channel] = {}
@@ -194,10 +197,20 @@ class Model:
             if not task.over and session is not None and session.owner == owner:
                 return task
             if task.over and session is not None and session.owner == owner:
-                for settled, by_publisher, at in session.settled:
-                    if settled == key and self.now - at < TIMES["settled_memory_s"]:
-                        raise Refused("task_already_settled" if by_publisher else "task_cancelled")
+                raise Refused(*self._recall(session, key))
         raise Refused("task_not_found")
+
+    def _recall(self, session: Session, key: str) -> set[str]:
+        """What its publisher may be told of a task that is over. Of those that ended in one step any may be forgotten."""
+        _, by_publisher, at, step = next((s for s in session.settled if s[0] == key), ("", False, -NEVER, -1))
+        newer = sum(other > step for *_, other in session.settled)
+        beside = sum(other == step for *_, other in session.settled) - 1
+        codes = set()
+        if newer < BOUNDS["max_settled_per_session"] and self.now - at < TIMES["settled_memory_s"]:
+            codes.add("task_already_settled" if by_publisher else "task_cancelled")
+        if not codes or newer + beside >= BOUNDS["max_settled_per_session"]:
+            codes.add("task_not_found")
+        return codes
 
     # Publishers: sessions, rows, channels
 
@@ -428,8 +441,7 @@ class Model:
             return
         session = self.sessions.get(task.channel.session)
         if session is not None:
-            session.settled.append((task.key, by_publisher, self.now))
-            del session.settled[: -BOUNDS["max_settled_per_session"]]
+            session.settled.append((task.key, by_publisher, self.now, self.step))
         if cancel is not None:
             task.channel.send("cancel", task.row.name, task.key, cancel)
 
@@ -680,6 +692,7 @@ class Model:
     def after(self, now: float, is_possible: Callable[[Model], bool]) -> Iterator[Model]:
         """Every model that may be, once it is `now`; `is_possible` cuts off those that are already wrong."""
         self.now = now
+        self.step += 1
         causes = self.causes()
         if not causes:
             self.settle()
