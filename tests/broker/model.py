@@ -693,18 +693,50 @@ class Model:
         """Every model that may be, once it is `now`; `is_possible` cuts off those that are already wrong."""
         self.now = now
         self.step += 1
+        yield from self._after(is_possible, set())
+
+    def _after(self, is_possible: Callable[[Model], bool], been: set[object]) -> Iterator[Model]:
         causes = self.causes()
         if not causes:
             self.settle()
             if self.causes():
-                yield from self.after(now, is_possible)
+                yield from self._after(is_possible, been)
             else:
                 yield self
         for _, _, act in causes:
             model = copy.deepcopy(self) if len(causes) > 1 else self
             act(model)
-            if is_possible(model):
-                yield from model.after(now, is_possible)
+            # Most orders lead to the same, and so need not be followed twice.
+            if (where := model._where()) not in been and is_possible(model):
+                been.add(where)
+                yield from model._after(is_possible, been)
+
+    def _where(self) -> object:
+        """All in it that what is due in one instant can change."""
+        frames = [
+            (c.key, c.state, tuple(f for f in c.frames if name in f))
+            for c in self.channels.values()
+            for name in self.rows
+        ]
+        rows = [
+            (
+                r.name,
+                r.status,
+                r.remembers,
+                r.since,
+                tuple(i.key for i in r.waiting),
+                tuple(sorted(i.key for i in r.sent)),
+            )
+            for r in self.rows.values()
+        ]
+        return (
+            tuple(frames),
+            tuple(rows),
+            tuple((s.name, s.channel is None) for s in self.sessions.values()),
+            frozenset(self.ends.items()),
+            frozenset(self.wake_ends.items()),
+            (self.next_sweep, self.stopped),
+        )
 
 
 @dataclass(frozen=True)

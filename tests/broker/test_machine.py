@@ -41,7 +41,7 @@ EPOCH = 1_700_000_000  # of the wall clock that conftest gives every broker
 OWNERS = {"s1": "anna", "s2": "anna", "s3": "anna", "s4": "ben", "s5": "ben"}
 NAMES = ["a", "b", "c", "d"]
 #: How many orders of one instant's deadlines are tried before a difference is a fault.
-MOST_ORDERS = 500
+MOST_ORDERS = 2000
 
 names = st.sampled_from(NAMES)
 statuses = st.sampled_from(["active", "hibernating"])
