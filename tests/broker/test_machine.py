@@ -78,8 +78,9 @@ def sent(machine):
 
 
 def free(machine):
-    """Tasks that a result may begin for."""
-    return [task.key for task in machine.model.sent() if not task.uploading]
+    """Tasks that a result may begin for; wakes most often, for much waits for them."""
+    found = [task for task in machine.model.sent() if not task.uploading]
+    return [task.key for task in found] + 2 * [task.key for task in found if not isinstance(task, theory.Infer)]
 
 
 def moving(machine):
@@ -286,6 +287,16 @@ class Machine(RuleBasedStateMachine):
         self.register(session, False, specs)
         self.open_channel(session, False, True)
 
+    @precondition(lambda self: any(row.live for row in self.model.rows.values()))
+    @rule(name=chosen(lambda m: [r.name for r in m.model.rows.values() if r.live]), to=st.sampled_from(list(OWNERS)))
+    def move(self, name, to):
+        """A row is withdrawn, whatever it is at, and turns up at another session of its owner, or tries to."""
+        row = self.model.rows[name]
+        holder = self.model.sessions[row.session]
+        others = [theory.Spec(r.name, slots=r.slots) for r in self.model.rows_of(holder) if r.live and r is not row]
+        self.register(holder.name, holder.owner != OWNERS[holder.name], others)
+        self.register(to, False, [theory.Spec(name)])
+
     @rule(
         session=sessions,
         stranger=seldom,
@@ -389,7 +400,7 @@ class Machine(RuleBasedStateMachine):
     # Results
 
     @precondition(sent)
-    @rule(task=chosen(sent), data=pieces, status=st.sampled_from([200, 204, 404, 500]))
+    @rule(task=chosen(lambda m: free(m) or sent(m)), data=pieces, status=st.sampled_from([200, 200, 204, 404, 500]))
     def answer(self, task, data, status):
         """Whole, at once."""
         if getattr(self.model.tasks[task], "full", False):
@@ -469,6 +480,31 @@ class Machine(RuleBasedStateMachine):
         except TaskOver:
             assert upload.task.is_over
 
+    @precondition(lambda self: moving(self) or free(self))
+    @rule(
+        task=chosen(lambda m: moving(m) or free(m)),
+        steps=st.lists(st.tuples(pieces, st.sampled_from([0.5, 20.0, 40.0, 55.0])), min_size=2, max_size=4),
+    )
+    def trickle(self, task, steps):
+        """An answer that comes by and by, and may pause for too long."""
+        if task not in self.uploads:
+            self.begin(task, False, 200, None, True)
+        for data, seconds in steps:
+            if task in moving(self):
+                self.send(task, data)
+            self.wait(seconds, True)
+
+    @precondition(free)
+    @rule(
+        task=chosen(free),
+        steps=st.lists(st.tuples(pieces, st.sampled_from([0, 0, 1, 2, 5, -1])), min_size=2, max_size=4),
+        final=st.booleans(),
+    )
+    def in_pieces(self, task, steps, final):
+        """A result by `chunks`, each beginning at, before or after what there is."""
+        for number, (data, back) in enumerate(steps, 1):
+            self.result(task, False, data, 200, back, final and number == len(steps))
+
     @precondition(moving)
     @rule(task=chosen(moving))
     def finish(self, task):
@@ -505,7 +541,7 @@ class Machine(RuleBasedStateMachine):
     # Operators, and what happens seldom
 
     @rule(
-        what=st.sampled_from(["goodbye", "evict", "put_public", "delete_llm", "restart", "crash", "drain"]),
+        what=st.sampled_from(["goodbye", "evict", "put_public", "delete_llm", "sweep", "restart", "crash", "drain"]),
         session=sessions,
         stranger=seldom,
         name=names,
@@ -522,6 +558,8 @@ class Machine(RuleBasedStateMachine):
                 self.put_public(name)
             case "delete_llm":
                 self.delete_llm(name)
+            case "sweep":
+                self.sweep()
             case "restart" | "crash":
                 self.restart(crash=what == "crash")
             case "drain":
@@ -539,7 +577,6 @@ class Machine(RuleBasedStateMachine):
     def delete_llm(self, name):
         self.ask(lambda: self.model.delete_llm(name), lambda: self.stage.wait(lambda: self.broker.delete_llm(name)))
 
-    @rule()
     def sweep(self):
         expected, report = self.ask(self.model.sweep, lambda: self.stage.wait(self.broker.sweep), settle=False)
         assert (sorted(report.inactivated), sorted(report.deleted)) == expected
@@ -836,7 +873,7 @@ def test_the_broker_does_what_the_model_says_in_any_order():
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=int(EXAMPLES or 100),
+            max_examples=int(EXAMPLES or 120),
             stateful_step_count=50,
             # The same examples each time, unless someone has come to search.
             derandomize=EXAMPLES is None,
