@@ -201,6 +201,21 @@ async def test_a_body_that_stalls_is_given_up(app: App, mock_clock: trio.testing
         assert (timeout.status, timeout.json["error"]["code"]) == (408, "request_timeout")
 
 
+async def test_a_body_that_trickles_is_given_up(app: App, mock_clock: trio.testing.MockClock) -> None:
+    """A byte now and then does not hold a connection for ever: the whole of it has `body_s`."""
+    mock_clock.rate = 1
+    async with app.serve(patience_s=2000) as server, server.connect() as wire:
+        await wire.send(request_bytes("POST", "/echo", "content-length: 1000"))
+        for _ in range(16):
+            await wire.send(b"x")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            mock_clock.jump(55)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        mock_clock.jump(21)
+        timeout = await wire.read_answer()
+        assert (timeout.status, timeout.json["error"]["code"]) == (408, "request_timeout")
+
+
 @pytest.mark.parametrize("path", ["/echo", "/digest"])
 @pytest.mark.parametrize("end", ["fin", "rst"])
 @pytest.mark.parametrize("framing", ["content-length: 100000", CHUNKED])

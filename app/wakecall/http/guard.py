@@ -54,11 +54,13 @@ class ClientGone(Exception):
 class GuardSettings:
     """
     Args:
-        body_stall_s: seconds that `Exchange.read_body` waits for the next byte of a body.
+        body_stall_s: seconds that `Exchange.read_body` waits for the next byte of a body, and
+        body_s: seconds for all of it: a byte now and then would hold its connection for ever.
         drain_bytes: bytes of an unwanted body that are read and dropped while the answer is made.
     """
 
     body_stall_s: float = 60.0
+    body_s: float = 900.0
     drain_bytes: int = 1 << 20
 
 
@@ -187,7 +189,7 @@ class Exchange:
         Raises:
             RequestTooLarge: more was declared, or arrived.
             QueueFull: the budget of all requests is used up.
-            RequestTimeout: not a byte arrived for `body_stall_s`.
+            RequestTimeout: not a byte arrived for `body_stall_s`, or not all of it in `body_s`.
             ClientGone: the peer left before the body was complete.
         """
         self._claim_body()
@@ -196,8 +198,9 @@ class Exchange:
         self._reading = True
         # One array, for a list of tiny pieces would weigh many times what is in them.
         body = bytearray()
+        due = trio.current_time() + self._settings.body_s
         try:
-            while (piece := await self._next_piece(self._settings.body_stall_s)) is not None:
+            while (piece := await self._next_piece(self._settings.body_stall_s, due)) is not None:
                 if self._held_bytes + len(piece) > max_bytes:
                     raise RequestTooLarge(f"The body is larger than {max_bytes} bytes.")
                 self._budget.take(len(piece))
@@ -361,11 +364,11 @@ class Exchange:
         self._body_taken = True
         self._wake_pump()
 
-    async def _next_piece(self, stall_s: float = inf) -> bytes | None:
+    async def _next_piece(self, stall_s: float = inf, due: float = inf) -> bytes | None:
         """The next piece, None at a complete body's end. Cancelled, it has taken nothing.
 
         Raises:
-            RequestTimeout: nothing arrived for `stall_s` seconds.
+            RequestTimeout: nothing arrived for `stall_s` seconds, or until `due` (`trio.current_time()`).
             ClientGone: the peer left before the end, or what it sent was dropped: the answer came first.
         """
         while not self._pieces:
@@ -374,7 +377,7 @@ class Exchange:
             if self._gone or self._dropping:
                 raise ClientGone
             self._arrival = trio.Event()
-            with trio.move_on_after(stall_s) as scope:
+            with trio.CancelScope(deadline=min(trio.current_time() + stall_s, due)) as scope:
                 await self._arrival.wait()
             if scope.cancelled_caught:
                 raise RequestTimeout("The request's body did not arrive in time.")
