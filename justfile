@@ -18,6 +18,10 @@ serve *args:
 test *args:
     pytest {{ args }}
 
+# Search for an order of events that the broker takes otherwise than its model, in so many fresh examples.
+machine examples="5000":
+    WAKECALL_MACHINE_EXAMPLES={{ examples }} pytest -q tests/broker/test_machine.py
+
 # Lint, format, types and the layers.
 check:
     ruff check .
