@@ -236,7 +236,6 @@ class FaultProxy:
     ) -> None:
         """Queue what comes, with the time at which it is due. `b""` is a FIN, None a RST."""
         source, _ = link.ends(direction)
-        due = 0.0
         data: bytes | None = b"."
         while data:
             try:
@@ -246,8 +245,8 @@ class FaultProxy:
             except trio.ClosedResourceError:
                 return
             toxics = self._toxics(direction)
-            due = max(due, trio.current_time() + toxics.latency_s + self._dice.uniform(0, toxics.jitter_s))
-            await put.send((due, data))
+            late_s = toxics.latency_s + self._dice.uniform(0, toxics.jitter_s)
+            await put.send((trio.current_time() + late_s, data))
 
     async def _write(
         self, link: _Link, direction: Direction, take: trio.MemoryReceiveChannel[tuple[float, bytes | None]]

@@ -27,6 +27,7 @@ import httpx2
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.e2e.way import agents_way
 from tests.http.wire import Answer, Wire, request_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -338,11 +339,12 @@ async def open_publisher_process(
 
     Args:
         state: its state directory.
-        broker_url, engine_url: where it goes.
+        broker_url, engine_url: where it goes; to the broker through `way.py`'s faults, if the run is one of those.
         arguments: further options.
         variables: of its environment.
         settings: given as `WAKECALL_*`.
     """
+    broker_url = await agents_way(broker_url)
     command = [*WAKECALL, "publish", "--broker", broker_url, "--engine", engine_url, *arguments]
     environment = clean_environment(state, **settings) | dict(variables or {})
     async with open_process("publish", command, environment) as running:

@@ -11,6 +11,7 @@ import trio
 from tests.e2e.clients import ask_chat, open_chat, start_crowd
 from tests.e2e.scripted_engine import EVENT, open_scripted_engine
 from tests.e2e.stack import open_broker_process, open_publisher_process, open_tap, run_to_end, within
+from tests.e2e.way import agents_way
 from tests.e2e.wire_publisher import WirePublisher
 from tests.http.wire import request_bytes
 
@@ -120,8 +121,9 @@ async def test_a_second_agent_for_the_same_engine_exits_78(tmp_path: Path) -> No
     async with open_scripted_engine() as engine, open_broker_process(tmp_path / "w.db") as broker:
         async with open_publisher_process(tmp_path, broker.url, engine.base_url, "--name", "m") as first:
             before = await broker.wait_llm("m", routable=True)
+            url = await agents_way(broker.url)
             code, out, err = await run_to_end(
-                "publish", "--broker", broker.url, "--engine", engine.base_url, "--name", "n", state=tmp_path
+                "publish", "--broker", url, "--engine", engine.base_url, "--name", "n", state=tmp_path
             )
             assert (code, out) == (78, "")
             assert "another publisher is running" in err.lower()

@@ -88,7 +88,8 @@ async def test_a_second_channel_takes_over_while_infers_are_in_flight(broker: Br
 @within(40)
 async def test_a_half_open_channel_is_taken_over_at_once(broker: BrokerProcess) -> None:
     """The old machine's network is gone, no FIN will ever come: the new channel waits for nothing; nor does the socket."""
-    async with open_wire_publisher(broker, {"name": "m", "max_concurrency": 2}) as (publisher, old):
+    row = {"name": "m", "max_concurrency": 2}
+    async with open_wire_publisher(broker, row, is_straight=True) as (publisher, old):
         address = old.wire.stream.socket.getsockname()
         assert broker.holds(address)
         await check_takeover(broker, publisher, old, old_is_silent=True)

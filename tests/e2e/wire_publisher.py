@@ -8,11 +8,13 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import h11
 import trio
 
 from tests.e2e.stack import PATIENCE_S, BrokerProcess, connect
+from tests.e2e.way import agents_way
 from tests.http.wire import Answer, Wire, request_bytes
 
 #: A classic BPF program of one instruction: `ret 0`, drop everything.
@@ -141,10 +143,13 @@ class WirePublisher:
     Args:
         broker: where.
         session_id: as whom.
+        is_straight: to the broker itself even when the run goes through faults (way.py), for a test that asks the kernel
+            about these very connections.
     """
 
-    def __init__(self, broker: BrokerProcess, session_id: str = "by-hand") -> None:
+    def __init__(self, broker: BrokerProcess, session_id: str = "by-hand", *, is_straight: bool = False) -> None:
         self.broker = broker
+        self._is_straight = is_straight
         self.session_id = session_id
         self._session = f"/publisher/v1/sessions/{session_id}"
 
@@ -161,7 +166,7 @@ class WirePublisher:
     @asynccontextmanager
     async def open_channel(self) -> AsyncIterator[WireChannel]:
         """A channel whose `hello` has come; its connection is closed at the end."""
-        async with connect(self.broker.port) as wire, trio.open_nursery() as nursery:
+        async with self._connect() as wire, trio.open_nursery() as nursery:
             channel = WireChannel(wire)
             with trio.fail_after(PATIENCE_S):
                 await nursery.start(channel.run, self.session_id, self.broker.port)
@@ -183,7 +188,7 @@ class WirePublisher:
         """An answer that is streamed; nothing of its body is sent yet."""
         target = f"/publisher/v1/tasks/{task['task_id']}/result"
         headers = [f"wakecall-status: {status}", f"content-type: {content_type}", "transfer-encoding: chunked"]
-        async with connect(self.broker.port) as wire:
+        async with self._connect() as wire:
             await wire.send(request_bytes("POST", target, *headers, host=self._host))
             yield WireUpload(wire)
 
@@ -191,6 +196,13 @@ class WirePublisher:
         return await self._json(
             "POST", f"/publisher/v1/tasks/{task['task_id']}/failure", {"message": message, **members}
         )
+
+    @asynccontextmanager
+    async def _connect(self) -> AsyncIterator[Wire]:
+        port = urlsplit(self.broker.url if self._is_straight else await agents_way(self.broker.url)).port
+        assert port is not None
+        async with connect(port) as wire:
+            yield wire
 
     @property
     def _host(self) -> str:
@@ -201,17 +213,17 @@ class WirePublisher:
         return await self._ask(method, target, "content-type: application/json", body=body)
 
     async def _ask(self, method: str, target: str, *headers: str, body: bytes = b"") -> Answer:
-        async with connect(self.broker.port) as wire:
+        async with self._connect() as wire:
             await wire.send(request_bytes(method, target, *headers, body=body, host=self._host))
             return await wire.read_answer(method)
 
 
 @asynccontextmanager
 async def open_wire_publisher(
-    broker: BrokerProcess, *llms: str | dict[str, Any], session_id: str = "by-hand"
+    broker: BrokerProcess, *llms: str | dict[str, Any], session_id: str = "by-hand", is_straight: bool = False
 ) -> AsyncIterator[tuple[WirePublisher, WireChannel]]:
     """A publisher that has registered `llms` (names or rows) and holds a channel."""
-    publisher = WirePublisher(broker, session_id)
+    publisher = WirePublisher(broker, session_id, is_straight=is_straight)
     assert (await publisher.register(*llms)).status == 200
     async with publisher.open_channel() as channel:
         yield publisher, channel
