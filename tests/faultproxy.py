@@ -27,7 +27,7 @@ from typing import Literal, TypeAlias
 
 import trio
 
-__all__ = ["Fault", "FaultProxy", "Toxics", "open_fault_proxy"]
+__all__ = ["Direction", "Fault", "FaultProxy", "Kind", "Toxics", "open_fault_proxy"]
 
 Direction: TypeAlias = Literal["up", "down"]
 #: `fin`: both sides see an orderly end. `rst`: both see a reset. `stall`: bytes stop in this direction, the connection
