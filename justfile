@@ -33,6 +33,10 @@ check:
 bench *args:
     python -m tests.benchmarks {{ args }}
 
+# Traffic of all kinds for so long, then: is anything left over?
+soak minutes="10" *args:
+    python -m tests.soak {{ minutes }} {{ args }}
+
 # The documentation's links, commands and code blocks.
 docs *args:
     pytest -q tests/docs {{ args }}

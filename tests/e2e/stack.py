@@ -294,6 +294,7 @@ async def open_broker_process(
     db: Path,
     *,
     port: int = 0,
+    program: Sequence[str] = WAKECALL,
     arguments: Sequence[str] = (),
     under: Sequence[str] = (),
     variables: Mapping[str, str] | None = None,
@@ -304,12 +305,13 @@ async def open_broker_process(
     Args:
         db: its file; the state directory is the one it lies in.
         port: 0: a free one.
+        program: what `serve` is a verb of.
         arguments: further options.
         under: a command that becomes it, such as `prlimit --nofile=64`.
         variables: of its environment.
         settings: of `BrokerConfig`, given as `WAKECALL_*`.
     """
-    command = [*under, *WAKECALL, "serve", "--port", str(port), "--db", str(db), *arguments]
+    command = [*under, *program, "serve", "--port", str(port), "--db", str(db), *arguments]
     environment = clean_environment(db.parent, **settings) | dict(variables or {})
     async with open_process("serve", command, environment) as running:
         broker = _become(running, BrokerProcess)

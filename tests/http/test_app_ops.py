@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+import trio
 
 from tests.http.served import JSON, Served, open_served, wait_until
 from tests.http.wire import open_server
@@ -83,6 +84,25 @@ async def test_metrics_follow_what_happens(served: Served) -> None:
     assert after["wakecall_infer_first_byte_seconds_count"] == 1
     assert after['wakecall_wake_seconds_count{outcome="succeeded"}'] == 1
     assert after['wakecall_wakes_total{state="started"}'] == 1
+
+
+async def test_metrics_tell_what_the_process_holds(served: Served) -> None:
+    """Its descriptors and Trio's tasks: more with a channel, and again as before when it has gone."""
+
+    async def ask() -> tuple[float, float]:
+        now = samples((await served.ask("GET", "/metrics")).body)
+        return now["process_open_fds"], now["wakecall_trio_tasks"]
+
+    assert (await ask())[0] <= samples((await served.ask("GET", "/metrics")).body)["process_max_fds"]
+    alone = await ask()
+    async with served.publishing({"name": "qwen"}):
+        descriptors, tasks = await ask()
+        assert descriptors > alone[0]
+        assert tasks > alone[1]
+    with trio.fail_after(10):
+        # Less, if the connection of the question before had not gone yet when it was asked.
+        while any(now > before for now, before in zip(await ask(), alone, strict=True)):
+            await trio.sleep(0.01)
 
 
 async def test_no_label_has_a_value_that_a_peer_chose(served: Served) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+import trio
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -36,6 +37,8 @@ class Metrics:
     def __init__(self, broker: Broker) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Standing(broker))
+        # Prometheus' own names for what every process has; Linux only, elsewhere they are not there.
+        ProcessCollector(registry=self._registry)
         self._outcomes = Counter(
             "wakecall_infer_outcomes", "Infers by outcome and code.", ("outcome", "code"), registry=self._registry
         )
@@ -115,3 +118,5 @@ class _Standing(Collector):
             llms.add_metric((status.value,), count)
         yield llms
         yield GaugeMetricFamily("wakecall_public_llms", "Operators' own models.", value=now.public_llms)
+        trio_tasks = trio.lowlevel.current_statistics().tasks_living
+        yield GaugeMetricFamily("wakecall_trio_tasks", "Tasks of the Trio run that the broker is in.", value=trio_tasks)
