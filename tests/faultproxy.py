@@ -333,7 +333,8 @@ def _reset(stream: trio.SocketStream) -> None:
 
 async def _take_leave(stream: trio.SocketStream) -> None:
     """FIN, and hear the other side out: to close a socket with bytes unread would be a RST."""
-    with contextlib.suppress(trio.BrokenResourceError):
+    # Closed: by `reset_all`, meanwhile.
+    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
         await stream.send_eof()
         while await stream.receive_some(_READ_BYTES):
             pass

@@ -22,7 +22,7 @@ from wakecall.publisher import PublishedModel, PublisherConfig, PublisherError, 
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"word "}}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 #: What may happen to somebody whose broker, proxy or peer has just gone.
-GONE = (trio.BrokenResourceError, trio.ClosedResourceError, AssertionError, OSError)
+GONE = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, AssertionError, OSError)
 
 
 def _wants_stream(body: dict[str, Any]) -> bool:
@@ -129,7 +129,8 @@ async def run_processes(broker: BrokerProcess, engine: Peer, state: Path, name: 
         async with open_publisher_process(state, broker.url, f"http://127.0.0.1:{engine.port}", *arguments) as one:
             await trio.sleep(dice.uniform(3, 10))
             one.send(dice.choice([signal.SIGKILL, signal.SIGTERM]))
-            await one.wait()
+            with trio.move_on_after(8):  # what it drains may take longer; leaving the block kills it
+                await one.process.wait()
 
 
 # Publishers by hand -------------------------------------------------------------------------------------------------
