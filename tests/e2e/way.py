@@ -46,7 +46,8 @@ async def agents_way(broker_url: str) -> str:
     """The address at which an agent reaches the broker (or a tap) at `broker_url`."""
     if not WAY.is_bad:
         return broker_url
-    port = urlsplit(broker_url).port
+    parts = urlsplit(broker_url)
+    port = parts.port
     assert port is not None
     proxies = _proxies.get({})
     _proxies.set(proxies)
@@ -56,7 +57,7 @@ async def agents_way(broker_url: str) -> str:
         # A test and its fixtures are one run and have no nursery in common: this ends with the run.
         trio.lowlevel.spawn_system_task(_serve, proxies[port], started)
         await started.wait()
-    return proxies[port].url
+    return parts._replace(netloc=f"{parts.hostname}:{proxies[port].port}").geturl()
 
 
 async def _serve(proxy: FaultProxy, started: trio.Event) -> None:
