@@ -41,7 +41,7 @@ _QUEUED = 32
 #: How long a side that is being let go may still talk before its socket is closed.
 _LAST_WORDS_S = 1.0
 #: Between two pieces of what came as one.
-_GAP_S = 0.0005
+_GAP_S = 0.001
 #: With a bandwidth, writes are so long.
 _SLICE_S = 0.02
 
@@ -293,19 +293,19 @@ class FaultProxy:
         while sent < len(data):
             toxics = self._toxics(direction)
             size = len(data) - sent
+            pause_s = 0.0
             if toxics.fragment is not None and (toxics.fragments is None or pieces < toxics.fragments):
                 size = min(size, self._dice.randint(1, toxics.fragment))
+                # At once they would arrive as one.
+                pause_s = _GAP_S
             if toxics.bandwidth is not None:
                 size = min(size, max(1, int(toxics.bandwidth * _SLICE_S)))
+                pause_s = max(pause_s, size / toxics.bandwidth)
             await sink.send_all(data[sent : sent + size])
             self.passed += size
             sent += size
             pieces += 1
-            if toxics.bandwidth is not None:
-                await trio.sleep(size / toxics.bandwidth)
-            elif sent < len(data):
-                # At once they would arrive as one.
-                await trio.sleep(_GAP_S)
+            await trio.sleep(pause_s)
 
     async def _happen(self, link: _Link, fault: Fault) -> None:
         self.struck.append(fault)
