@@ -24,11 +24,11 @@ from .lifecycle import RowEvent
 from .models import Key, KeyEvent, KeyView, Kind, NewKey, Role
 from .registry import Registry
 
-__all__ = ["Access"]
+__all__ = ["LONGEST_KEY_S", "MAX_KEY_NAME_CHARS", "MOST_OF_A_LIMIT", "Access"]
 
-_MAX_NAME_CHARS: Final = 128
-_MOST: Final = 1_000_000
-_LONGEST_S: Final = 100 * 366 * 86_400.0
+MAX_KEY_NAME_CHARS: Final = 128
+MOST_OF_A_LIMIT: Final = 1_000_000
+LONGEST_KEY_S: Final = 100 * 366 * 86_400.0
 
 
 class Access:
@@ -195,8 +195,8 @@ def _check(
     """What is asked of a new key. Raises InvalidRequest, TooMany."""
     if role not in ROLES:
         raise InvalidRequest(f"A role is one of {', '.join(ROLES)}.", param="role")
-    if len(name) > _MAX_NAME_CHARS:
-        raise InvalidRequest(f"A key's name is at most {_MAX_NAME_CHARS} characters long.", param="name")
+    if len(name) > MAX_KEY_NAME_CHARS:
+        raise InvalidRequest(f"A key's name is at most {MAX_KEY_NAME_CHARS} characters long.", param="name")
     if owner is not None:
         _check_owner(owner)
     if llms is not None:
@@ -214,7 +214,7 @@ def _check(
             continue
         if role != "client":
             raise InvalidRequest("Only a client's key has such a limit.", param=param)
-        if not 1 <= bound <= _MOST:
-            raise InvalidRequest(f"A limit is 1 to {_MOST}; leave it out for none.", param=param)
-    if expires_in_s is not None and not (0 < expires_in_s <= _LONGEST_S and math.isfinite(expires_in_s)):
+        if not 1 <= bound <= MOST_OF_A_LIMIT:
+            raise InvalidRequest(f"A limit is 1 to {MOST_OF_A_LIMIT}; leave it out for none.", param=param)
+    if expires_in_s is not None and not (0 < expires_in_s <= LONGEST_KEY_S and math.isfinite(expires_in_s)):
         raise InvalidRequest("A key lives for some time, and at most a hundred years.", param="expires_in_s")

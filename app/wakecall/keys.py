@@ -19,6 +19,8 @@ from .models import Role
 __all__ = [
     "ENTROPY_BYTES",
     "MAX_PATTERNS",
+    "NAMES_PATTERN",
+    "OWNER_PATTERN",
     "ROLES",
     "digest_of",
     "format_key",
@@ -35,9 +37,13 @@ MAX_PATTERNS: Final = 64
 
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
-_OWNER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
+#: Of the whole text; `/openapi.json` shows them.
+OWNER_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}"
+NAMES_PATTERN: Final = r"[A-Za-z0-9._:@/*-]{1,128}"
+
+_OWNER: Final = re.compile(OWNER_PATTERN)
 _PRESENTABLE: Final = re.compile(r"[!-~]{1,1024}")
-_PATTERN: Final = re.compile(r"[A-Za-z0-9._:@/*-]{1,128}")
+_PATTERN: Final = re.compile(NAMES_PATTERN)
 
 
 def format_key(role: Role, entropy: bytes) -> str:

@@ -40,8 +40,12 @@ __all__ = [
 LOCAL_OWNER: Final = "local"
 MAX_NAME_LENGTH: Final = 128
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]*(?:/[A-Za-z0-9][A-Za-z0-9._:@-]*)*")
-_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+#: Of the whole text, in what Python's and ECMA 262's patterns have in common: `/openapi.json` shows them.
+NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._:@-]*(?:/[A-Za-z0-9][A-Za-z0-9._:@-]*)*"
+ID_PATTERN: Final = r"[A-Za-z0-9_-]{1,128}"
+
+_NAME = re.compile(NAME_PATTERN)
+_ID = re.compile(ID_PATTERN)
 
 
 def is_llm_name(name: str) -> bool:

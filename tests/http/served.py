@@ -11,6 +11,7 @@ import h11
 import msgspec
 import trio
 
+from tests.http.described import Description, description_of
 from tests.http.wire import Answer, Server, Wire, open_server
 from wakecall.broker import Broker, open_broker
 from wakecall.config import BrokerConfig
@@ -152,20 +153,28 @@ class WirePublisher:
             yield Upload(wire)
 
 
+_descriptions: list[Description] = []
+
+
 class Served:
-    """An app, its broker, and what a test does to them."""
+    """An app, its broker, and what a test does to them. Each whole answer is held to what `/openapi.json` says of it."""
 
     def __init__(self, server: Server, broker: Broker, app: Any) -> None:
         self.server = server
         self.broker = broker
         self.app = app
+        if not _descriptions:
+            _descriptions.append(description_of(app))  # that of every app
+        self.description = _descriptions[0]
 
     async def ask(self, method: str, target: str, *headers: str, body: bytes = b"", host: str = HOST) -> Answer:
         """One request on a connection of its own, and its whole answer."""
         async with self.server.connect() as wire:
             length = (f"content-length: {len(body)}",) if body or method in ("POST", "PUT") else ()
             await wire.send(head(method, target, *headers, *length, host=host) + body)
-            return await wire.read_answer(method)
+            answer = await wire.read_answer(method)
+        self.description.check(method, target, answer)
+        return answer
 
     async def call(self, body: Any, path: str = "/v1/chat/completions", *headers: str) -> Answer:
         """A client's whole call."""

@@ -21,6 +21,7 @@ from wakecall.keys import ROLES
 PUBLIC = {
     "/": "says what this is",
     "/healthz": "whether the process answers",
+    "/openapi.json": "what is written in the documentation, too",
     "/readyz": "whether it takes work",
 }
 

@@ -134,7 +134,7 @@ class FileKeys:
         async def make(broker: Broker) -> Made:
             was_open = broker.is_open
             made = await broker.create_key(role, **settings)
-            described = describe_key(KeyView(made.key, 0, expired=False))
+            described: dict[str, Any] = msgspec.to_builtins(describe_key(KeyView(made.key, 0, expired=False)))
             return Made(msgspec.convert({**described, "key": made.secret}, NewKey), was_open)
 
         return self._do(make, create=True)

@@ -4,61 +4,205 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
 import msgspec
-from quart import Quart
 
+from ..access import LONGEST_KEY_S, MAX_KEY_NAME_CHARS, MOST_OF_A_LIMIT
 from ..broker import Broker
-from ..errors import Forbidden, InvalidRequest
-from ..models import KeyView, LLMView, Role, SessionView, TaskView, is_llm_name
+from ..errors import (
+    Forbidden,
+    InvalidRequest,
+    LLMIsVirtual,
+    ModelNotFound,
+    NotFound,
+    SessionNotFound,
+    StoreUnavailable,
+)
+from ..keys import MAX_PATTERNS, NAMES_PATTERN, OWNER_PATTERN
+from ..models import KeyView, Kind, LLMView, Role, SessionView, Status, TaskView, is_llm_name
 from .answers import Answer, json_answer, no_content
-from .calls import begin, read_json
+from .calls import Call
+from .routes import Id, Instant, Name, Routes
 
-__all__ = ["add_admin_routes", "describe_key"]
+__all__ = ["Key", "MadeKey", "add_admin_routes", "describe_key"]
 
 _LLM_PATH: Final = "/admin/v1/llms/<path:name>"
-_KEY_ENV: Final = re.compile(r"WAKECALL_UPSTREAM_[A-Z0-9_]+")
-_URL: Final = re.compile(r"[!-~]{1,2048}")
+_KEY_ENV: Final = r"WAKECALL_UPSTREAM_[A-Z0-9_]+"
+_URL: Final = r"[!-~]{1,2048}"
 
 
-class _PublicLLM(msgspec.Struct, frozen=True):
+class PublicLLM(msgspec.Struct, frozen=True):
+    """A public row as an operator enters it."""
+
+    type: str
+    model: Annotated[str, msgspec.Meta(description="The upstream's own id of it.", extra_json_schema={"minLength": 1})]
+    url: Annotated[
+        str,
+        msgspec.Meta(
+            description="An absolute http or https URL without credentials, query or fragment.",
+            extra_json_schema={"format": "uri", "pattern": f"^(?=[Hh][Tt][Tt][Pp][Ss]?://[^?#@]+$){_URL}$"},
+        ),
+    ]
+    key_env: (
+        Annotated[
+            str,
+            msgspec.Meta(
+                description="The name of the variable that holds the key.",
+                extra_json_schema={"pattern": f"^{_KEY_ENV}$"},
+            ),
+        ]
+        | None
+    ) = None
+
+
+_Owner = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": f"^{OWNER_PATTERN}$"})]
+_Limit = Annotated[int, msgspec.Meta(extra_json_schema={"minimum": 1, "maximum": MOST_OF_A_LIMIT})]
+_Names = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": f"^{NAMES_PATTERN}$"})]
+
+
+class NewOwner(msgspec.Struct, frozen=True):
+    """Whose it is to be."""
+
+    owner: _Owner
+
+
+class NewKey(msgspec.Struct, frozen=True):
+    """A key that is to be made. `llms` is not for `admin`, the limits are for `client` alone."""
+
+    role: Role
+    name: Annotated[str, msgspec.Meta(extra_json_schema={"maxLength": MAX_KEY_NAME_CHARS})] | None = None
+    owner: _Owner | None = None
+    llms: Annotated[list[_Names], msgspec.Meta(extra_json_schema={"minItems": 1, "maxItems": MAX_PATTERNS})] | None = (
+        None
+    )
+    rpm: _Limit | None = None
+    max_in_flight: _Limit | None = None
+    expires_in_s: (
+        Annotated[float, msgspec.Meta(extra_json_schema={"exclusiveMinimum": 0, "maximum": LONGEST_KEY_S})] | None
+    ) = None
+
+
+class Key(msgspec.Struct, frozen=True):
+    """What is kept of a key. It is not the key itself."""
+
+    id: Annotated[str, Id]
+    role: Role
+    owner: str
+    name: str
+    llms: tuple[str, ...] | None
+    rpm: int | None
+    max_in_flight: int | None
+    created_at: Annotated[str, Instant]
+    expires_at: Annotated[str, Instant] | None
+    expired: bool
+    in_flight: int
+
+
+class MadeKey(Key, frozen=True):
+    """A key that has been made, and in `key` the key itself, this once."""
+
+    key: str
+
+
+class KeyList(msgspec.Struct, frozen=True):
+    """Keys, oldest first."""
+
+    data: list[Key]
+
+
+class LLM(msgspec.Struct, frozen=True):
+    """A row with its work."""
+
+    name: Annotated[str, Name]
+    kind: Kind
     type: str
     model: str
-    url: str
-    key_env: str | None = None
-
-
-class _NewOwner(msgspec.Struct, frozen=True):
+    status: Status
+    session_id: Annotated[str, Id] | None
     owner: str
+    last_heartbeat_at: Annotated[str, Instant]
+    inactive_since: Annotated[str, Instant] | None
+    max_concurrency: int | None
+    in_flight: int
+    waiting: int
+    waking: bool
+    routable: bool
 
 
-class _NewKey(msgspec.Struct, frozen=True):
-    role: Role
-    name: str | None = None
-    owner: str | None = None
-    llms: list[str] | None = None
-    rpm: int | None = None
-    max_in_flight: int | None = None
-    expires_in_s: float | None = None
+class Agent(msgspec.Struct, frozen=True):
+    """What a publisher calls itself."""
+
+    name: str
+    version: str
 
 
-def add_admin_routes(app: Quart, broker: Broker) -> None:
-    """Put the routes of operators into `app`."""
+class Session(msgspec.Struct, frozen=True):
+    """A publisher's registration."""
+
+    session_id: Annotated[str, Id]
+    owner: str
+    epoch: int
+    connected: bool
+    agent: Agent
+    llms: tuple[Annotated[str, Name], ...]
+    last_heartbeat_at: Annotated[str, Instant]
+
+
+class Task(msgspec.Struct, frozen=True):
+    """An infer or a wake under way."""
+
+    task_id: Annotated[str, Id]
+    kind: Literal["infer", "wake"]
+    llm: Annotated[str, Name]
+    session_id: Annotated[str, Id] | None
+    state: Literal["waking", "queued", "sent", "answering"]
+    age_s: float
+
+
+class LLMList(msgspec.Struct, frozen=True):
+    """Rows."""
+
+    data: list[LLM]
+
+
+class SessionList(msgspec.Struct, frozen=True):
+    """Sessions."""
+
+    data: list[Session]
+
+
+class TaskList(msgspec.Struct, frozen=True):
+    """Tasks."""
+
+    data: list[Task]
+
+
+class Swept(msgspec.Struct, frozen=True):
+    """What one sweep did: names of rows, in the order in which they went."""
+
+    inactivated: tuple[str, ...]
+    deleted: tuple[str, ...]
+
+
+def add_admin_routes(routes: Routes, broker: Broker) -> None:
+    """Put the routes of operators there."""
     config = broker.config
 
-    async def list_llms() -> Answer:
-        begin(broker, "admin")
-        return json_answer({"data": [_llm(view) for view in broker.llm_views()]})
+    @routes.add("GET", "/admin/v1/llms", role="admin", answer=LLMList)
+    async def list_llms(call: Call) -> Answer:
+        """List all rows."""
+        return json_answer(LLMList([_llm(view) for view in broker.llm_views()]))
 
-    async def get_llm(name: str) -> Answer:
-        begin(broker, "admin")
+    @routes.add("GET", _LLM_PATH, role="admin", answer=LLM, errors=(ModelNotFound,))
+    async def get_llm(call: Call, name: str) -> Answer:
+        """Show one row."""
         return json_answer(_llm(broker.llm_view(name)))
 
-    async def put_llm(name: str) -> Answer:
-        call = begin(broker, "admin")
-        said = await read_json(call, _PublicLLM, config.max_body_bytes)
+    @routes.add("PUT", _LLM_PATH, role="admin", body=PublicLLM, answer=LLM, errors=(LLMIsVirtual, StoreUnavailable))
+    async def put_llm(call: Call, name: str, said: PublicLLM) -> Answer:
+        """Make or change a public row."""
         if not is_llm_name(name):
             raise InvalidRequest("This is no valid name for a model.", param="name")
         for param, text in (("type", said.type), ("model", said.model)):
@@ -67,42 +211,61 @@ def add_admin_routes(app: Quart, broker: Broker) -> None:
         if not said.model:
             raise InvalidRequest("The upstream's own id of the model is required.", param="model")
         _check_url(said.url)
-        if said.key_env is not None and not _KEY_ENV.fullmatch(said.key_env):
+        if said.key_env is not None and not re.fullmatch(_KEY_ENV, said.key_env):
             raise InvalidRequest("A key is read from a variable named WAKECALL_UPSTREAM_….", param="key_env")
         view = await broker.put_public_llm(name, type=said.type, model=said.model, url=said.url, key_env=said.key_env)
         return json_answer(_llm(view))
 
-    async def delete_llm(name: str) -> Answer:
-        begin(broker, "admin")
+    @routes.add("DELETE", _LLM_PATH, role="admin", answer=None, errors=(ModelNotFound, StoreUnavailable))
+    async def delete_llm(call: Call, name: str) -> Answer:
+        """Delete a row, and fail its infers."""
         await broker.delete_llm(name)
         return no_content()
 
-    async def list_sessions() -> Answer:
-        begin(broker, "admin")
-        return json_answer({"data": [_session(view) for view in broker.session_views()]})
+    @routes.add("GET", "/admin/v1/sessions", role="admin", answer=SessionList)
+    async def list_sessions(call: Call) -> Answer:
+        """List all sessions."""
+        return json_answer(SessionList([_session(view) for view in broker.session_views()]))
 
-    async def evict(session_id: str) -> Answer:
-        begin(broker, "admin")
+    @routes.add(
+        "DELETE",
+        "/admin/v1/sessions/<session_id>",
+        role="admin",
+        answer=None,
+        errors=(SessionNotFound, StoreUnavailable),
+    )
+    async def evict(call: Call, session_id: str) -> Answer:
+        """Evict a session: its rows are withdrawn, its publisher stops."""
         await broker.evict(session_id)
         return no_content()
 
-    async def change_session(session_id: str) -> Answer:
-        call = begin(broker, "admin")
-        said = await read_json(call, _NewOwner, config.max_body_bytes)
+    @routes.add(
+        "PATCH",
+        "/admin/v1/sessions/<session_id>",
+        role="admin",
+        body=NewOwner,
+        answer=Session,
+        errors=(SessionNotFound, StoreUnavailable),
+    )
+    async def change_session(call: Call, session_id: str, said: NewOwner) -> Answer:
+        """Hand a session and its rows over to another owner."""
         return json_answer(_session(await broker.hand_over_session(session_id, said.owner)))
 
-    async def change_llm(name: str) -> Answer:
-        call = begin(broker, "admin")
-        said = await read_json(call, _NewOwner, config.max_body_bytes)
+    @routes.add("PATCH", _LLM_PATH, role="admin", body=NewOwner, answer=LLM, errors=(ModelNotFound, StoreUnavailable))
+    async def change_llm(call: Call, name: str, said: NewOwner) -> Answer:
+        """Hand a row over to another owner."""
         return json_answer(_llm(await broker.hand_over_llm(name, said.owner)))
 
-    async def list_keys() -> Answer:
-        begin(broker, "admin")
-        return json_answer({"data": [describe_key(view) for view in broker.key_views()]})
+    @routes.add("GET", "/admin/v1/keys", role="admin", answer=KeyList)
+    async def list_keys(call: Call) -> Answer:
+        """List all keys."""
+        return json_answer(KeyList([describe_key(view) for view in broker.key_views()]))
 
-    async def create_key() -> Answer:
-        call = begin(broker, "admin")
-        said = await read_json(call, _NewKey, config.max_body_bytes)
+    @routes.add(
+        "POST", "/admin/v1/keys", role="admin", body=NewKey, answer={"201": MadeKey}, errors=(StoreUnavailable,)
+    )
+    async def create_key(call: Call, said: NewKey) -> Answer:
+        """Make a key."""
         if broker.is_open and said.role != "admin":
             raise Forbidden(
                 "With this key the broker is open no more. Make one of role admin first, to operate it with."
@@ -116,39 +279,28 @@ def add_admin_routes(app: Quart, broker: Broker) -> None:
             max_in_flight=said.max_in_flight,
             expires_in_s=said.expires_in_s,
         )
-        view = KeyView(made.key, 0, expired=False)
-        return json_answer({**describe_key(view), "key": made.secret}, 201, {"Cache-Control": "no-store"})
+        shown = msgspec.structs.asdict(describe_key(KeyView(made.key, 0, expired=False)))
+        return json_answer(MadeKey(**shown, key=made.secret), 201, {"Cache-Control": "no-store"})
 
-    async def revoke_key(key_id: str) -> Answer:
-        begin(broker, "admin")
+    @routes.add("DELETE", "/admin/v1/keys/<key_id>", role="admin", answer=None, errors=(NotFound, StoreUnavailable))
+    async def revoke_key(call: Call, key_id: str) -> Answer:
+        """Revoke a key."""
         others = [view for view in broker.key_views() if view.key.key_id != key_id]
         if not any(view.key.role == "admin" and not view.expired for view in others) and not broker.is_open:
             raise Forbidden("This is the last key of role admin. Make another one first, and use that.")
         await broker.revoke_key(key_id)
         return no_content()
 
-    async def list_tasks() -> Answer:
-        begin(broker, "admin")
-        return json_answer({"data": [_task(view) for view in broker.task_views()]})
+    @routes.add("GET", "/admin/v1/tasks", role="admin", answer=TaskList)
+    async def list_tasks(call: Call) -> Answer:
+        """List the infers and wakes under way."""
+        return json_answer(TaskList([_task(view) for view in broker.task_views()]))
 
-    async def sweep() -> Answer:
-        begin(broker, "admin")
+    @routes.add("POST", "/admin/v1/sweep", role="admin", answer=Swept, errors=(StoreUnavailable,))
+    async def sweep(call: Call) -> Answer:
+        """Sweep now: stale rows go inactive, and those inactive for too long are deleted."""
         report = await broker.sweep()
-        return json_answer({"inactivated": report.inactivated, "deleted": report.deleted})
-
-    app.add_url_rule("/admin/v1/llms", "list_llms", list_llms)
-    app.add_url_rule(_LLM_PATH, "get_llm", get_llm)
-    app.add_url_rule(_LLM_PATH, "put_llm", put_llm, methods=["PUT"])
-    app.add_url_rule(_LLM_PATH, "delete_llm", delete_llm, methods=["DELETE"])
-    app.add_url_rule("/admin/v1/sessions", "list_sessions", list_sessions)
-    app.add_url_rule("/admin/v1/sessions/<session_id>", "evict", evict, methods=["DELETE"])
-    app.add_url_rule("/admin/v1/sessions/<session_id>", "change_session", change_session, methods=["PATCH"])
-    app.add_url_rule(_LLM_PATH, "change_llm", change_llm, methods=["PATCH"])
-    app.add_url_rule("/admin/v1/keys", "list_keys", list_keys)
-    app.add_url_rule("/admin/v1/keys", "create_key", create_key, methods=["POST"])
-    app.add_url_rule("/admin/v1/keys/<key_id>", "revoke_key", revoke_key, methods=["DELETE"])
-    app.add_url_rule("/admin/v1/tasks", "list_tasks", list_tasks)
-    app.add_url_rule("/admin/v1/sweep", "sweep", sweep, methods=["POST"])
+        return json_answer(Swept(report.inactivated, report.deleted))
 
 
 def _check_url(url: str) -> None:
@@ -158,7 +310,7 @@ def _check_url(url: str) -> None:
         port = parts.port
     except ValueError:
         raise InvalidRequest("This is no URL.", param="url") from None
-    if not _URL.fullmatch(url) or parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+    if not re.fullmatch(_URL, url) or parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         raise InvalidRequest("An upstream's address is an absolute http or https URL.", param="url")
     if "@" in parts.netloc:
         raise InvalidRequest("A URL is no place for credentials: name a variable in `key_env`.", param="url")
@@ -166,70 +318,68 @@ def _check_url(url: str) -> None:
         raise InvalidRequest("An upstream's address has no query and no fragment.", param="url")
 
 
-def _llm(view: LLMView) -> dict[str, Any]:
+def _llm(view: LLMView) -> LLM:
     llm = view.llm
-    return {
-        "name": llm.name,
-        "kind": llm.kind,
-        "type": llm.type,
-        "model": llm.model,
-        "status": llm.status,
-        "session_id": llm.session_id,
-        "owner": llm.owner,
-        "last_heartbeat_at": _instant(llm.last_heartbeat_at),
-        "inactive_since": _instant(llm.inactive_since),
-        "max_concurrency": llm.max_concurrency,
-        "in_flight": view.in_flight,
-        "waiting": view.waiting,
-        "waking": view.waking,
-        "routable": view.routable,
-    }
+    return LLM(
+        name=llm.name,
+        kind=llm.kind,
+        type=llm.type,
+        model=llm.model,
+        status=llm.status,
+        session_id=llm.session_id,
+        owner=llm.owner,
+        last_heartbeat_at=_instant(llm.last_heartbeat_at),
+        inactive_since=None if llm.inactive_since is None else _instant(llm.inactive_since),
+        max_concurrency=llm.max_concurrency,
+        in_flight=view.in_flight,
+        waiting=view.waiting,
+        waking=view.waking,
+        routable=view.routable,
+    )
 
 
-def _session(view: SessionView) -> dict[str, Any]:
+def _session(view: SessionView) -> Session:
     record = view.record
-    return {
-        "session_id": record.session_id,
-        "owner": record.owner,
-        "epoch": record.epoch,
-        "connected": view.connected,
-        "agent": {"name": record.agent_name, "version": record.agent_version},
-        "llms": view.llms,
-        "last_heartbeat_at": _instant(record.last_heartbeat_at),
-    }
+    return Session(
+        session_id=record.session_id,
+        owner=record.owner,
+        epoch=record.epoch,
+        connected=view.connected,
+        agent=Agent(record.agent_name, record.agent_version),
+        llms=view.llms,
+        last_heartbeat_at=_instant(record.last_heartbeat_at),
+    )
 
 
-def describe_key(view: KeyView) -> dict[str, Any]:
+def describe_key(view: KeyView) -> Key:
     """A key as operators see it, which is all but the key itself."""
     key = view.key
-    return {
-        "id": key.key_id,
-        "role": key.role,
-        "owner": key.owner,
-        "name": key.name,
-        "llms": key.llms,
-        "rpm": key.rpm,
-        "max_in_flight": key.max_in_flight,
-        "created_at": _instant(key.created_at),
-        "expires_at": _instant(key.expires_at),
-        "expired": view.expired,
-        "in_flight": view.in_flight,
-    }
+    return Key(
+        id=key.key_id,
+        role=key.role,
+        owner=key.owner,
+        name=key.name,
+        llms=key.llms,
+        rpm=key.rpm,
+        max_in_flight=key.max_in_flight,
+        created_at=_instant(key.created_at),
+        expires_at=None if key.expires_at is None else _instant(key.expires_at),
+        expired=view.expired,
+        in_flight=view.in_flight,
+    )
 
 
-def _task(view: TaskView) -> dict[str, Any]:
-    return {
-        "task_id": view.task_id,
-        "kind": view.kind,
-        "llm": view.llm,
-        "session_id": view.session_id,
-        "state": view.state,
-        "age_s": round(view.age_s, 3),
-    }
+def _task(view: TaskView) -> Task:
+    return Task(
+        task_id=view.task_id,
+        kind=view.kind,
+        llm=view.llm,
+        session_id=view.session_id,
+        state=view.state,
+        age_s=round(view.age_s, 3),
+    )
 
 
-def _instant(seconds: float | None) -> str | None:
+def _instant(seconds: float) -> str:
     """RFC 3339 in UTC, to the millisecond."""
-    if seconds is None:
-        return None
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

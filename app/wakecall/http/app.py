@@ -26,6 +26,7 @@ from .errors import from_http_exception
 from .guard import BodyBudget, Guard, GuardSettings
 from .ops import add_ops_routes
 from .publisher import add_publisher_routes
+from .routes import Routes
 
 __all__ = ["create_app"]
 
@@ -60,11 +61,13 @@ def create_app(broker: Broker, *, loopback_only: bool = True, cors: Iterable[str
     app.url_map.merge_slashes = False  # it redirects, with a page of HTML
     app.register_error_handler(WakecallError, _answer_error)
     app.register_error_handler(HTTPException, _answer_http_exception)
-    add_client_routes(app, broker)
-    add_publisher_routes(app, broker)
-    add_admin_routes(app, broker)
-    add_ops_routes(app, broker)
     config = broker.config
+    routes = Routes(app, broker)
+    add_client_routes(routes, broker)
+    add_publisher_routes(routes, broker)
+    add_admin_routes(routes, broker)
+    add_ops_routes(routes, broker)
+    app.extensions["wakecall.routes"] = routes
     guard = Guard(
         app.asgi_app,
         GuardSettings(body_stall_s=config.peer_stall_s),

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Annotated, Final, Literal
 
-from quart import Quart
+import msgspec
 
 from ..broker import Broker
-from ..errors import InvalidRequest, RateLimitExceeded
+from ..errors import (
+    AmbiguousModel,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    ModelOffline,
+    ModelRequired,
+    PublisherDisconnected,
+    PublisherError,
+    RateLimitExceeded,
+    ShuttingDown,
+    WakeFailed,
+    WakeTimeout,
+)
 from ..keyring import Claim
-from ..models import LLM, InferRequest
+from ..models import LLM, InferRequest, Kind, Status
 from .answers import Answer, StreamBody, json_answer
-from .calls import Call, begin, look_into, refuse_encoded
+from .calls import Call, look_into, refuse_encoded
 from .errors import rate_headers
-from .relay import pass_on
+from .relay import PASSED_TYPES, pass_on
+from .routes import HELD_BODY, Media, Name, Routes
 from .sniff import sniff
 
 __all__ = ["RELAYED", "add_client_routes"]
@@ -37,12 +51,52 @@ RELAYED: Final = (
 )
 
 
-def add_client_routes(app: Quart, broker: Broker) -> None:
-    """Put the routes of inference clients into `app`."""
+class RelayedRequest(msgspec.Struct, frozen=True):
+    """What the broker reads of a request. All else is the engine's business, and goes on as it came."""
+
+    model: Annotated[str, msgspec.Meta(description="The name of a row.")]
+    stream: bool | None = None
+
+
+class ModelState(msgspec.Struct, frozen=True):
+    """How a row stands."""
+
+    status: Status
+    kind: Kind
+    type: str
+
+
+class Model(msgspec.Struct, frozen=True):
+    """A row as OpenAI's API shows a model."""
+
+    id: Annotated[str, Name]
+    created: int
+    owned_by: str
+    wakecall: ModelState
+    object: Literal["model"] = "model"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """All rows that the caller may use."""
+
+    data: list[Model]
+    object: Literal["list"] = "list"
+
+
+_REQUEST: Final = Media(
+    "JSON, whatever its Content-Type says, or a multipart form. `model` and `stream` stand once, at the top.",
+    {"application/json": RelayedRequest, "multipart/form-data": RelayedRequest},
+)
+_ANSWER: Final = Media("The engine's answer, untouched.", dict.fromkeys(PASSED_TYPES))
+_ENGINES_ERROR: Final = Media("The engine's own error, untouched.", dict.fromkeys(PASSED_TYPES))
+
+
+def add_client_routes(routes: Routes, broker: Broker) -> None:
+    """Put the routes of inference clients there."""
     config = broker.config
 
-    async def relay() -> Answer:
-        call = begin(broker, "client")
+    async def relay(call: Call) -> Answer:
+        """Have an engine answer."""
         refuse_encoded(call)
         path = call.request.path
         with _claim(broker, call) as claim:
@@ -72,18 +126,39 @@ def add_client_routes(app: Quart, broker: Broker) -> None:
                 infer.cancel()
         return answer
 
-    async def list_models() -> Answer:
-        caller = begin(broker, "client").caller
-        return json_answer({"object": "list", "data": [_describe(llm) for llm in broker.llms(caller)]})
-
-    async def get_model(name: str) -> Answer:
-        caller = begin(broker, "client").caller
-        return json_answer(_describe(broker.llm(name, caller)))
-
     for path in RELAYED:
-        app.add_url_rule(path, "relay", relay, methods=["POST"])
-    app.add_url_rule("/v1/models", "list_models", list_models)
-    app.add_url_rule("/v1/models/<path:name>", "get_model", get_model)
+        routes.add(
+            "POST",
+            path,
+            name=f"relay_{path.removeprefix('/v1/').replace('/', '_')}",
+            role="client",
+            body=_REQUEST,
+            answer={"2XX": _ANSWER, "3XX": _ANSWER, "4XX": _ENGINES_ERROR, "5XX": _ENGINES_ERROR},
+            errors=(
+                *HELD_BODY,
+                ModelRequired,
+                AmbiguousModel,
+                ModelNotFound,
+                ModelOffline,
+                PublisherDisconnected,
+                PublisherError,
+                RateLimitExceeded,
+                WakeFailed,
+                WakeTimeout,
+                DeadlineExceeded,
+                ShuttingDown,
+            ),
+        )(relay)
+
+    @routes.add("GET", "/v1/models", role="client", answer=ModelList)
+    async def list_models(call: Call) -> Answer:
+        """List all models, sleeping and offline ones too."""
+        return json_answer(ModelList([_describe(llm) for llm in broker.llms(call.caller)]))
+
+    @routes.add("GET", "/v1/models/<path:name>", role="client", answer=Model, errors=(ModelNotFound,))
+    async def get_model(call: Call, name: str) -> Answer:
+        """Show one model."""
+        return json_answer(_describe(broker.llm(name, call.caller)))
 
 
 def _claim(broker: Broker, call: Call) -> Claim:
@@ -115,11 +190,10 @@ def _short(value: str | None, header: str) -> str | None:
     return value
 
 
-def _describe(llm: LLM) -> dict[str, Any]:
-    return {
-        "id": llm.name,
-        "object": "model",
-        "created": int(llm.created_at),
-        "owned_by": llm.owner,
-        "wakecall": {"status": llm.status, "kind": llm.kind, "type": llm.type},
-    }
+def _describe(llm: LLM) -> Model:
+    return Model(
+        id=llm.name,
+        created=int(llm.created_at),
+        owned_by=llm.owner,
+        wakecall=ModelState(llm.status, llm.kind, llm.type),
+    )

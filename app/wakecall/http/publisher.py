@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Final, Literal
+from dataclasses import replace
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 import trio
-from quart import Quart
 
 from ..broker import Broker
 from ..config import BrokerConfig
-from ..errors import Forbidden, InvalidRequest, TaskCancelled, TooMany, WakecallError
-from ..models import LLMSpec, Status, is_id, is_llm_name
+from ..errors import (
+    Forbidden,
+    InvalidRequest,
+    LLMIsPublic,
+    LLMNameTaken,
+    OffsetGap,
+    ResultInProgress,
+    SessionNotFound,
+    SessionTaken,
+    ShuttingDown,
+    StoreUnavailable,
+    TaskAlreadySettled,
+    TaskCancelled,
+    TaskNotFound,
+    TooMany,
+    UnsupportedEncoding,
+    WakecallError,
+)
+from ..models import HeartbeatReply, LLMSpec, Registered, Status, is_id, is_llm_name
 from ..upload import Upload
 from .answers import PIECE_BYTES, Answer, StreamBody, json_answer, no_content, stream_answer
-from .calls import Call, begin, one_header, read_json, refuse_encoded
+from .calls import Call, refuse_encoded
+from .routes import Header, Id, Media, Name, Routes
 from .sse import FramesBody
 
 __all__ = ["add_publisher_routes"]
@@ -23,15 +40,28 @@ __all__ = ["add_publisher_routes"]
 _SESSION: Final = "/publisher/v1/sessions/<session_id>"
 _TASK: Final = "/publisher/v1/tasks/<task_id>"
 
-_STATUS: Final = re.compile(r"[2-5][0-9]{2}")
-_OFFSET: Final = re.compile(r"[0-9]{1,18}")
+_STATUS: Final = Header(
+    "Wakecall-Status",
+    "[2-5][0-9]{2}",
+    "An engine's status is 200 to 599.",
+    "The engine's status; 200 when left out. Counts at offset 0.",
+)
+_OFFSET_IN_RESULT: Final = Header(
+    "Wakecall-Offset",
+    "[0-9]{1,18}",
+    "An offset is a number of bytes.",
+    "How many bytes of the answer come before this piece. Required where there were pieces before.",
+)
+_OFFSET: Final = replace(_OFFSET_IN_RESULT, is_required=True, refusal="A piece says where it begins, in bytes.")
 _LONGEST_WAKE_S: Final = 86_400
 
 _Alive = Literal["active", "hibernating"]
 
 
-class _LLM(msgspec.Struct, frozen=True):
-    name: str
+class OfferedLLM(msgspec.Struct, frozen=True):
+    """One row of a register."""
+
+    name: Annotated[str, Name]
     type: str | None = None
     model: str | None = None
     status: _Alive | None = None
@@ -41,37 +71,86 @@ class _LLM(msgspec.Struct, frozen=True):
     pool: str | None = None
 
 
-class _Agent(msgspec.Struct, frozen=True):
+class RegisteringAgent(msgspec.Struct, frozen=True):
+    """What a publisher calls itself."""
+
     name: str | None = None
     version: str | None = None
 
 
-class _Register(msgspec.Struct, frozen=True):
-    llms: list[_LLM]
-    agent: _Agent | None = None
+class Register(msgspec.Struct, frozen=True):
+    """All rows of a session; no name twice."""
+
+    llms: list[OfferedLLM]
+    agent: RegisteringAgent | None = None
 
 
-class _Heartbeat(msgspec.Struct, frozen=True):
-    llms: dict[str, str] | None = None
-    tasks: list[str] | None = None
+# Told apart by hand, so that an error names the row.
+_AliveText = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(get_args(_Alive))})]
 
 
-class _Failure(msgspec.Struct, frozen=True):
+class Heartbeat(msgspec.Struct, frozen=True):
+    """Rows and tasks, as their publisher sees them."""
+
+    llms: dict[str, _AliveText] | None = None
+    tasks: list[Annotated[str, Id]] | None = None
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """What went wrong with a task."""
+
     message: str
     code: str | None = None
     status: Annotated[int, msgspec.Meta(ge=400, le=599)] | None = None
 
 
-def add_publisher_routes(app: Quart, broker: Broker) -> None:
-    """Put the routes of publishers into `app`."""
+class Completed(msgspec.Struct, frozen=True):
+    """The whole answer is in the broker."""
+
+    outcome: Literal["completed"] = "completed"
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """This piece is in the broker."""
+
+    outcome: Literal["taken"] = "taken"
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """The task has failed."""
+
+    outcome: Literal["failed"] = "failed"
+
+
+_FRAMES: Final = Media(
+    "The channel: one event for each frame (`hello`, `infer`, `wake`, `cancel`, `bye`), its data one line of JSON; "
+    "comments between them. It stays open.",
+    {"text/event-stream": str},
+)
+_ENGINES_BODY: Final = Media("The engine's body, byte for byte, with its own Content-Type.", {"*/*": None})
+_CLIENTS_BODY: Final = Media("The client's body, byte for byte, with its own Content-Type.", {"*/*": None})
+
+_TASK_OVER: Final = (TaskNotFound, TaskAlreadySettled, TaskCancelled)
+_UPLOAD: Final = (*_TASK_OVER, InvalidRequest, UnsupportedEncoding, ResultInProgress, OffsetGap, StoreUnavailable)
+
+
+def add_publisher_routes(routes: Routes, broker: Broker) -> None:
+    """Put the routes of publishers there."""
     config = broker.config
 
-    async def register(session_id: str) -> Answer:
-        call = begin(broker, "publisher")
-        said = await read_json(call, _Register, config.max_body_bytes)
+    @routes.add(
+        "PUT",
+        _SESSION,
+        role="publisher",
+        body=Register,
+        answer=Registered,
+        errors=(LLMNameTaken, LLMIsPublic, SessionTaken, ShuttingDown, StoreUnavailable),
+    )
+    async def register(call: Call, session_id: str, said: Register) -> Answer:
+        """Register a session and all its rows: those left out are withdrawn."""
         if len(said.llms) > config.max_llms_per_session:
             raise TooMany(f"A session has at most {config.max_llms_per_session} models.", param="llms")
-        agent = said.agent or _Agent()
+        agent = said.agent or RegisteringAgent()
         for index, llm in enumerate(said.llms):
             if not call.caller.may_use(llm.name):
                 raise Forbidden("This key does not publish under this name.", param=f"llms[{index}].name")
@@ -85,12 +164,19 @@ def add_publisher_routes(app: Quart, broker: Broker) -> None:
         )
         return json_answer(registered)
 
-    async def heartbeat(session_id: str) -> Answer:
-        call = begin(broker, "publisher")
-        said = await read_json(call, _Heartbeat, config.max_body_bytes)
+    @routes.add(
+        "POST",
+        f"{_SESSION}/heartbeat",
+        role="publisher",
+        body=Heartbeat,
+        answer=HeartbeatReply,
+        errors=(SessionNotFound, StoreUnavailable),
+    )
+    async def heartbeat(call: Call, session_id: str, said: Heartbeat) -> Answer:
+        """Say that a session is alive."""
         statuses = {}
         for name, status in (said.llms or {}).items():
-            if status not in ("active", "hibernating"):
+            if status not in get_args(_Alive):
                 # What is no name is not quoted: it may be anything that the peer has.
                 param = f"llms.{name}" if is_llm_name(name) else "llms"
                 raise InvalidRequest("A status is active or hibernating.", param=param)
@@ -103,38 +189,74 @@ def add_publisher_routes(app: Quart, broker: Broker) -> None:
                 raise InvalidRequest("This is no task's id.", param=f"tasks[{index}]")
         return json_answer(await broker.heartbeat(session_id, statuses, tasks, owner=call.owner))
 
-    async def goodbye(session_id: str) -> Answer:
-        call = begin(broker, "publisher")
+    @routes.add("DELETE", _SESSION, role="publisher", answer=None, errors=(SessionNotFound, StoreUnavailable))
+    async def goodbye(call: Call, session_id: str) -> Answer:
+        """End a session."""
         await broker.goodbye(session_id, owner=call.owner)
         return no_content()
 
-    async def frames(session_id: str) -> Answer:
-        call = begin(broker, "publisher")
+    # A HEAD would be taken for a GET without a body; but opening a channel ends the one before it.
+    @routes.add(
+        "GET",
+        f"{_SESSION}/frames",
+        role="publisher",
+        answer=_FRAMES,
+        errors=(SessionNotFound, ShuttingDown),
+        has_head=False,
+    )
+    async def frames(call: Call, session_id: str) -> Answer:
+        """Open the session's control channel."""
         channel = broker.open_channel_nowait(session_id, owner=call.owner, key_id=call.caller.key_id)
         call.exchange.on_disconnect(channel.disconnect)
         call.exchange.on_progress(channel.note_progress)
         return stream_answer(FramesBody(channel, config.keepalive_s), "text/event-stream")
 
-    async def get_body(task_id: str) -> Answer:
-        call = begin(broker, "publisher")
+    @routes.add("GET", f"{_TASK}/body", role="publisher", answer=_CLIENTS_BODY, errors=_TASK_OVER)
+    async def task_body(call: Call, task_id: str) -> Answer:
+        """Fetch the body of an infer whose frame came without it."""
         request = broker.task_request(task_id, owner=call.owner)
         answer = stream_answer(_TaskBody(broker, call, task_id, len(request.body)), request.content_type)
         answer.headers["Content-Length"] = str(len(request.body))
         return answer
 
-    async def post_result(task_id: str) -> Answer:
-        call = begin(broker, "publisher")
+    @routes.add(
+        "POST",
+        f"{_TASK}/result",
+        role="publisher",
+        headers=(_STATUS, _OFFSET_IN_RESULT),
+        body=_ENGINES_BODY,
+        answer=Completed,
+        errors=_UPLOAD,
+    )
+    async def task_result(call: Call, task_id: str) -> Answer:
+        """Answer a task: with the engine's response, or for a wake with anything."""
         await _take(call, _open_upload(broker, call, task_id, final=True))
-        return json_answer({"outcome": "completed"})
+        return json_answer(Completed())
 
-    async def post_chunk(task_id: str) -> Answer:
-        call = begin(broker, "publisher")
+    @routes.add(
+        "POST",
+        f"{_TASK}/chunks",
+        role="publisher",
+        headers=(_STATUS, _OFFSET),
+        body=_ENGINES_BODY,
+        answer=Taken,
+        errors=_UPLOAD,
+    )
+    async def task_chunks(call: Call, task_id: str) -> Answer:
+        """Give a piece of the engine's response."""
         await _take(call, _open_upload(broker, call, task_id, final=False))
-        return json_answer({"outcome": "taken"})
+        return json_answer(Taken())
 
-    async def post_failure(task_id: str) -> Answer:
-        call = begin(broker, "publisher")
-        said = await read_json(call, _Failure, config.max_body_bytes)
+    @routes.add(
+        "POST",
+        f"{_TASK}/failure",
+        role="publisher",
+        body=Failure,
+        answer=Failed,
+        errors=_TASK_OVER,
+    )
+    async def task_failure(call: Call, task_id: str, said: Failure) -> Answer:
+        """Say that a task has failed."""
         broker.fail(
             task_id,
             _shortened(said.message, config.max_message_bytes),
@@ -142,20 +264,7 @@ def add_publisher_routes(app: Quart, broker: Broker) -> None:
             status=said.status,
             owner=call.owner,
         )
-        return json_answer({"outcome": "failed"})
-
-    app.add_url_rule(_SESSION, "register", register, methods=["PUT"])
-    app.add_url_rule(_SESSION, "goodbye", goodbye, methods=["DELETE"])
-    app.add_url_rule(f"{_SESSION}/heartbeat", "heartbeat", heartbeat, methods=["POST"])
-    app.add_url_rule(f"{_SESSION}/frames", "frames", frames, methods=["GET"])
-    for rule in app.url_map.iter_rules("frames"):
-        # Werkzeug takes a HEAD for a GET without a body; but opening a channel ends the one before it.
-        assert rule.methods is not None
-        rule.methods.discard("HEAD")
-    app.add_url_rule(f"{_TASK}/body", "task_body", get_body, methods=["GET"])
-    app.add_url_rule(f"{_TASK}/result", "task_result", post_result, methods=["POST"])
-    app.add_url_rule(f"{_TASK}/chunks", "task_chunks", post_chunk, methods=["POST"])
-    app.add_url_rule(f"{_TASK}/failure", "task_failure", post_failure, methods=["POST"])
+        return json_answer(Failed())
 
 
 class _TaskBody(StreamBody):
@@ -185,7 +294,7 @@ class _TaskBody(StreamBody):
         """There is nothing to let go of."""
 
 
-def _spec(llm: _LLM, where: str, config: BrokerConfig) -> LLMSpec:
+def _spec(llm: OfferedLLM, where: str, config: BrokerConfig) -> LLMSpec:
     return LLMSpec(
         name=llm.name,
         type=_bounded(llm.type, f"{where}.type", config) or "",
@@ -213,14 +322,8 @@ def _shortened(text: str, max_bytes: int) -> str:
 def _open_upload(broker: Broker, call: Call, task_id: str, *, final: bool) -> Upload:
     """Begin an upload, from its headers. Raises as `Broker.open_upload`, and InvalidRequest, UnsupportedEncoding."""
     refuse_encoded(call)
-    status = one_header(call, "Wakecall-Status")
-    if status is not None and not _STATUS.fullmatch(status):
-        raise InvalidRequest("An engine's status is 200 to 599.", param="Wakecall-Status")
-    offset = one_header(call, "Wakecall-Offset")
-    if offset is not None and not _OFFSET.fullmatch(offset):
-        raise InvalidRequest("An offset is a number of bytes.", param="Wakecall-Offset")
-    if offset is None and not final:
-        raise InvalidRequest("A piece says where it begins.", param="Wakecall-Offset")
+    status = _STATUS.read(call)
+    offset = (_OFFSET_IN_RESULT if final else _OFFSET).read(call)
     return broker.open_upload(
         task_id,
         owner=call.owner,

@@ -25,7 +25,7 @@ from .errors import describe, engine_retry_headers, error_event, type_of_status
 from .guard import Exchange
 from .sse import EventTail
 
-__all__ = ["EventsBody", "RawBody", "pass_on", "passage_of", "safe_content_type"]
+__all__ = ["PASSED_TYPES", "EventsBody", "RawBody", "pass_on", "passage_of", "safe_content_type"]
 
 Passage = Literal["held", "events", "raw"]
 
@@ -35,6 +35,14 @@ _NDJSON: Final = frozenset(
     {"application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"}
 )
 _MEDIA: Final = frozenset({"audio", "image", "video"})
+#: The types, and ranges of them, that `safe_content_type` makes.
+PASSED_TYPES: Final = (
+    "application/json",
+    EVENTS,
+    "text/plain",
+    "application/*",  # NDJSON under its names, `…+json`, and what anything else is passed on as
+    *(f"{each}/*" for each in sorted(_MEDIA)),
+)
 _TYPE: Final = re.compile(r"([a-z0-9!#$&^_.+-]{1,64})/([a-z0-9!#$&^_.+-]{1,64})")
 _PARAMETERS: Final = re.compile(r'(?:;[ \t]*[A-Za-z0-9_-]+=(?:[A-Za-z0-9_.:+/-]+|"[A-Za-z0-9_.:+/ -]*"))*')
 
