@@ -200,6 +200,19 @@ def test_a_member_of_the_wrong_type_is_named(body: bytes, param: str | None) -> 
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(("size", "found"), [(b"2.0", 2), (b"2e0", 2), (b"-0.0", 0), (b"20e-1", 2), (b"1e15", 10**15)])
+def test_an_integer_may_be_written_as_javascript_or_lua_might(size: bytes, found: int) -> None:
+    """RFC 8259 has one kind of number, and JSON Schema's `integer` takes them."""
+    decoded = decode(b'{"items": [{"name": "a", "size": ' + size + b"}]}", Outer).items[0].size
+    assert (decoded, type(decoded)) == (found, int)
+
+
+@pytest.mark.parametrize("number", [b"1e300", b"-1.5", b"9007199254740994.0"])
+def test_a_number_that_is_not_surely_an_integer_stays_one_with_a_point(number: bytes) -> None:
+    found = decode(b'{"items": [], "note": ' + number + b"}", Outer).note
+    assert (found, type(found)) == (float(number), float)
+
+
 @pytest.mark.parametrize("body", [b'{"items": [], "items": []}', b'{"items": [], "note": {"a": 1, "\\u0061": 2}}'])
 def test_a_key_that_stands_twice_is_refused(body: bytes) -> None:
     """Two parsers would take different ones of them."""

@@ -28,7 +28,7 @@ from .calls import Call, look_into, refuse_encoded
 from .errors import rate_headers
 from .relay import PASSED_TYPES, pass_on
 from .routes import HELD_BODY, Media, Name, Routes
-from .sniff import sniff
+from .sniff import FLAG_PATTERN, MAX_FIELD_BYTES, sniff
 
 __all__ = ["RELAYED", "add_client_routes"]
 
@@ -58,6 +58,19 @@ class RelayedRequest(msgspec.Struct, frozen=True):
     stream: bool | None = None
 
 
+class RelayedForm(msgspec.Struct, frozen=True):
+    """What the broker reads of a form. All other parts are the engine's business, and go on as they came."""
+
+    model: Annotated[
+        str,
+        msgspec.Meta(
+            description=f"The name of a row, in at most {MAX_FIELD_BYTES} bytes.",
+            extra_json_schema={"maxLength": MAX_FIELD_BYTES},
+        ),
+    ]
+    stream: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": f"^({FLAG_PATTERN})$"})] = "false"
+
+
 class ModelState(msgspec.Struct, frozen=True):
     """How a row stands."""
 
@@ -85,7 +98,7 @@ class ModelList(msgspec.Struct, frozen=True):
 
 _REQUEST: Final = Media(
     "JSON, whatever its Content-Type says, or a multipart form. `model` and `stream` stand once, at the top.",
-    {"application/json": RelayedRequest, "multipart/form-data": RelayedRequest},
+    {"application/json": RelayedRequest, "multipart/form-data": RelayedForm},
 )
 _ANSWER: Final = Media("The engine's answer, untouched.", dict.fromkeys(PASSED_TYPES))
 _ENGINES_ERROR: Final = Media("The engine's own error, untouched.", dict.fromkeys(PASSED_TYPES))

@@ -64,6 +64,8 @@ _LARGE_FLOAT: Final = re.compile(
     ).encode()
 )
 _INFINITY: Final = float("inf")
+#: Up to here each integer is a float of its own.
+_EXACT: Final = 2.0**53
 
 #: An opening bracket is one level down, a closing one is one up: a signed byte each.
 _STEPS: Final = bytes.maketrans(b"{[}]", b"\x01\x01\xff\xff")
@@ -108,7 +110,7 @@ def decode(body: bytes, type: type[T]) -> T:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise json_error(error, body) from None
     check_bounds(body)
-    plain = json.loads(body, object_pairs_hook=_no_key_twice)
+    plain = json.loads(body, object_pairs_hook=_no_key_twice, parse_float=_number)
     try:
         return msgspec.convert(plain, type)
     except msgspec.ValidationError as error:
@@ -139,6 +141,12 @@ def _reason(text: str, body: bytes) -> str:
     if _HALF_A_PAIR.search(body, max(0, len(body) - 16)):
         return "half a surrogate pair stands alone"  # msgspec looks for its other half beyond the end
     return "it ends too early" if "truncated" in text else text
+
+
+def _number(text: str) -> float | int:
+    """JSON has one kind of number, and JSON Schema takes `2.0` for an integer; so do some languages that write it."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) <= _EXACT else value
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

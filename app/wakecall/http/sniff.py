@@ -17,18 +17,22 @@ import msgspec
 from ..errors import AmbiguousModel, InvalidRequest, ModelRequired, TooMany
 from .parsing import check_bounds, json_error
 
-__all__ = ["Asked", "sniff"]
+__all__ = ["FLAG_PATTERN", "MAX_FIELD_BYTES", "Asked", "sniff"]
 
 _SMALL_BYTES: Final = 1 << 20
 _MAX_MEMBERS: Final = 10_000
 _TOO_MANY: Final = f"The body has more than {_MAX_MEMBERS} members."
 _MAX_PARTS: Final = 1_000
 _MAX_PART_HEAD_BYTES: Final = 8 * 1024
-_MAX_FIELD_BYTES: Final = 1024
+MAX_FIELD_BYTES: Final = 1024
 
 _LOOKED_FOR: Final = ("model", "stream")
 _TRUE: Final = frozenset({"true", "1", "t", "yes", "y", "on"})
 _FALSE: Final = frozenset({"false", "0", "f", "no", "n", "off", ""})
+#: What a form's `stream` may be, spaces around it left out.
+FLAG_PATTERN: Final = "|".join(
+    "".join(f"[{each.upper()}{each}]" if each.isalpha() else each for each in word) for word in sorted(_TRUE | _FALSE)
+)
 
 _BOUNDARY: Final = re.compile(r""";\s*boundary\s*=\s*(?:"([^"\\]{1,70})"|([^\s;",]{1,70}))\s*(?=;|$)""", re.IGNORECASE)
 _PARAMETER: Final = re.compile(r""";\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]*)\s*(?=;|$)""")
@@ -195,7 +199,7 @@ def _read_part(body: bytes, start: int, end: int, found: dict[str, str | None]) 
     value: str | None = None
     if name.casefold() in _LOOKED_FOR:
         raw = body[head_end + 4 : end]
-        if is_file or len(raw) > _MAX_FIELD_BYTES:
+        if is_file or len(raw) > MAX_FIELD_BYTES:
             raise InvalidRequest("This field is a short text.", param=name.casefold())
         try:
             value = raw.decode()

@@ -1,0 +1,123 @@
+"""Schemathesis over `/openapi.json`, against a broker that is a process of its own with a live publisher.
+
+No answer is a 500, and every one is as documented: its status, content type, headers and schema, its error's code; what the
+schemas have is accepted, what they have not is refused. The inputs are the same at each run.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+import trio
+from schemathesis.config import SchemathesisConfig
+
+from tests.http.described import description_of
+from tests.http.live import LAPTOP, ROWS, SPARE, Live, open_live
+from wakecall.broker import open_broker
+from wakecall.http import create_app
+
+CONFIG = {
+    "seed": 1,
+    "generation": {"deterministic": True, "max-examples": 10, "no-shrink": True, "with-security-parameters": False},
+    "checks": {
+        # Those that say who is to try again; a 500 never is documented as anything but ours.
+        "not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", "502", "503", "504"]},
+        # 410: the task is over. 413, 429: bounds.
+        "positive_data_acceptance": {
+            "expected-statuses": ["2xx", "3xx", "401", "403", "404", "405", "409", "410", "413", "429", "503"]
+        },
+        # It is open: no key is asked for.
+        "ignored_auth": {"enabled": False},
+    },
+}
+LIVE_TASK = "a-task-that-is-live"
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with open_live(tmp_path_factory.mktemp("state")) as each:
+        yield each
+
+
+@pytest.fixture(scope="module")
+def statuses() -> Iterator[dict[str, Counter[int]]]:
+    """What each operation answered. In the end: not only 404s, everyone of them succeeded too."""
+    each: dict[str, Counter[int]] = {}
+    yield each
+    assert [label for label, seen in each.items() if not any(200 <= status < 300 for status in seen)] == []
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[requests.Session]:
+    with requests.Session() as each:
+        yield each
+
+
+async def document() -> dict[str, Any]:
+    async with open_broker() as broker:
+        return description_of(create_app(broker)).document
+
+
+# Tests are made of it when they are collected; the first one sees to it that it is the one that is served.
+api = schemathesis.openapi.from_dict(trio.run(document), config=SchemathesisConfig.from_dict(CONFIG))
+
+
+def test_the_document_is_the_one_that_is_served_and_is_valid(live: Live) -> None:
+    status, served = live.ask("GET", "/openapi.json")
+    assert (status, served) == (200, api.raw_schema)
+    api.validate()
+
+
+def half(value: object) -> bool:
+    """Of all values one half, and the same one at each run."""
+    return zlib.crc32(repr(value).encode()) % 2 == 0
+
+
+@schemathesis.hook
+def map_path_parameters(context: Any, path_parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Half of them name something that is there."""
+    if path_parameters is None:
+        return None
+    known = {"name": ROWS[0], "session_id": LAPTOP, "task_id": LIVE_TASK}
+    if context.operation.path.endswith("/frames"):
+        known["session_id"] = SPARE  # a channel of the publisher's own would be ended by it
+    return {name: known[name] if half(value) else value for name, value in path_parameters.items()}
+
+
+@schemathesis.hook
+def map_body(context: Any, body: Any) -> Any:
+    """Half of the calls are for a model that answers, now or when it is awake. No row is registered twice.
+
+    The second a schema cannot say.
+    """
+    if not isinstance(body, dict):
+        return body
+    if context.operation.path.startswith("/v1/") and isinstance(body.get("model"), str) and half(body):
+        return {**body, "model": ROWS[0] if half(body["model"]) else ROWS[2]}
+    rows = body.get("llms")
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        return {**body, "llms": list({repr(row.get("name")): row for row in rows}.values())}
+    return body
+
+
+@api.parametrize()
+def test_no_500_and_every_answer_is_as_documented(case: Any, live: Live, statuses: Any, session: Any) -> None:
+    live.ready()
+    in_path = case.path_parameters or {}
+    if in_path.get("task_id") == LIVE_TASK:
+        case.path_parameters = {**in_path, "task_id": live.task()}
+    seen = statuses.setdefault(case.operation.label, Counter())
+    if in_path.get("session_id") == SPARE and case.method == "GET":
+        # Its answer has no end.
+        with closing(session.request(**case.as_transport_kwargs(base_url=live.url), stream=True)) as response:
+            assert any(line == b"event: hello" for line in response.iter_lines(chunk_size=1))
+    else:
+        response = case.call_and_validate(base_url=live.url, session=session, timeout=30)
+    seen[response.status_code] += 1
