@@ -40,3 +40,7 @@ soak minutes="10" *args:
 # The documentation's links, commands and code blocks.
 docs *args:
     pytest -q tests/docs {{ args }}
+
+# Fuzz the edges for so long, all targets or those named: `just fuzz 600 client_json http_bytes`.
+fuzz seconds *targets:
+    python -m tests.fuzz {{ seconds }} {{ targets }}

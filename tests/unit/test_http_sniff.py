@@ -22,6 +22,7 @@ def form(*parts: tuple[str, bytes], end: bytes = b"--B--\r\n") -> bytes:
 
 
 MODEL = ('form-data; name="model"', b"whisper")
+SECOND = b'Content-Disposition: form-data; name="model"\r\n\r\nother'
 FILE = ('form-data; name="file"; filename="model"', bytes(range(256)) * 40 + b"\r\n--A\r\n--b--")
 
 
@@ -99,7 +100,7 @@ def test_a_large_body_of_many_members_is_not_taken_apart() -> None:
         (b"a preamble\r\n" + form(MODEL), FORM, Asked("whisper", False)),
         (form(MODEL).replace(b"--B\r\n", b"--B \t\r\n"), FORM, Asked("whisper", False)),
         (form(MODEL, ('form-data; name="empty"', b"")), FORM, Asked("whisper", False)),
-        (form(MODEL, end=b"--B--an epilogue\r\n--B\r\nmodel"), FORM, Asked("whisper", False)),
+        (form(MODEL, end=b"--B-- \r\nan epilogue\r\n--B\r\nmodel"), FORM, Asked("whisper", False)),
     ],
 )
 def test_a_form_names_its_model_and_whether_it_streams(body: bytes, content_type: str, found: Asked) -> None:
@@ -130,6 +131,22 @@ def test_a_form_names_its_model_and_whether_it_streams(body: bytes, content_type
         (form(MODEL), "multipart/form-data", InvalidRequest),
         (form(MODEL), "multipart/form-data; boundary=B; boundary=C", InvalidRequest),
         (form(*[('form-data; name="x"', b"")] * 1001), FORM, TooMany),
+        (form(MODEL, end=b"--B--an epilogue"), FORM, InvalidRequest),
+        # What Werkzeug, or a reader of mail, would find another model in.
+        (b"x--B\r\n" + form(MODEL), FORM, InvalidRequest),
+        (form(MODEL, ('form-data; name="a"', b"\n--B\n" + SECOND)), FORM, InvalidRequest),
+        (form(MODEL, ('form-data; name="a"', b"\r--B\r" + SECOND)), FORM, InvalidRequest),
+        (form(('form-data; name="a"\r\n ; name="model"', b"x"), MODEL), FORM, InvalidRequest),
+        (
+            form(('form-data; name="a"\nContent-Disposition: form-data; name="model"', b"x"), MODEL),
+            FORM,
+            InvalidRequest,
+        ),
+        (form(('form-data; name="a"\n\nx', b"x"), MODEL), FORM, InvalidRequest),
+        (form(('form-data; name="a"\r\nno header', b"x"), MODEL), FORM, InvalidRequest),
+        (form(('form-data; name="a"; name*0="model"', b"x"), MODEL), FORM, InvalidRequest),
+        (form(('form-data; name="a; name="model"', b"x")), FORM, InvalidRequest),
+        (form(('form-data; name="model"\r\nContent-Transfer-Encoding: base64', b"eA==")), FORM, InvalidRequest),
     ],
 )
 def test_a_form_that_two_parsers_could_read_differently_is_refused(

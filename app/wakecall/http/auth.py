@@ -27,7 +27,7 @@ __all__ = ["authenticate", "refuse_foreign", "refuse_other_origins"]
 
 logger = logging.getLogger("wakecall.server")
 
-_HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
+_HOST: Final = re.compile(r"(\[(?=[^\]]*:)[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _ORIGIN: Final = re.compile(r"https?://(.+)", re.IGNORECASE)
 
 
@@ -110,7 +110,8 @@ def refuse_other_origins(host: str | None, origins: Iterable[str]) -> None:
 
 def _is_ours(authority: str) -> bool:
     # Nearly every request's, and cheap to see.
-    if authority.startswith(("127.0.0.1:", "localhost:")) and authority.rpartition(":")[2].isdecimal():
+    host, _, port = authority.partition(":")
+    if host in ("127.0.0.1", "localhost") and len(port) <= 5 and port.isascii() and port.isdecimal():
         return True
     found = _HOST.fullmatch(authority)
     return found is not None and is_loopback(found[1])

@@ -35,7 +35,12 @@ FLAG_PATTERN: Final = "|".join(
 )
 
 _BOUNDARY: Final = re.compile(r""";\s*boundary\s*=\s*(?:"([^"\\]{1,70})"|([^\s;",]{1,70}))\s*(?=;|$)""", re.IGNORECASE)
+_ENCODING: Final = re.compile(rb"^content-transfer-encoding", re.IGNORECASE | re.MULTILINE)
+#: A header in one line. Of lines that go on, lone CRs and LFs, and lines without a colon readers make different things.
+_HEADER: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+[ \t]*:[^\r\n]*")
 _PARAMETER: Final = re.compile(r""";\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]*)\s*(?=;|$)""")
+#: A Content-Disposition with nothing between its parameters that might be taken for one.
+_DISPOSITION: Final = re.compile(rf"\s*[A-Za-z-]+\s*(?:{_PARAMETER.pattern})*;?\s*")
 
 
 class Asked(NamedTuple):
@@ -150,6 +155,7 @@ def _sniff_multipart(body: bytes, content_type: str) -> Asked:
         delimiter = b"--" + "".join(boundaries[0]).encode("ascii")
     except UnicodeEncodeError:
         raise InvalidRequest("A multipart body's boundary is ASCII.", param="Content-Type") from None
+    _refuse_stray_delimiters(body, delimiter)
     found: dict[str, str | None] = {}
     position = _find_delimiter(body, delimiter, 0)
     for _ in range(_MAX_PARTS):
@@ -170,6 +176,19 @@ def _sniff_multipart(body: bytes, content_type: str) -> Asked:
     return Asked(model, stream in _TRUE)
 
 
+def _refuse_stray_delimiters(body: bytes, delimiter: bytes) -> None:
+    """Some readers take a lone CR or LF for a line break, or need none before the first delimiter: they would find parts
+    that we do not."""
+    line_feeds = body.count(b"\n" + delimiter)
+    first = body.find(delimiter)
+    if (
+        b"\r" + delimiter in body
+        or line_feeds != body.count(b"\r\n" + delimiter)
+        or (first > 0 and body[first - 2 : first] != b"\r\n")
+    ):
+        raise InvalidRequest("The multipart body has a delimiter within a line.")
+
+
 def _find_delimiter(body: bytes, delimiter: bytes, start: int) -> int:
     """Where the next delimiter's line break is; for the first one, which may do without, where it begins itself."""
     if start == 0 and body.startswith(delimiter):
@@ -182,24 +201,26 @@ def _find_delimiter(body: bytes, delimiter: bytes, start: int) -> int:
 
 def _end_of_line(body: bytes, position: int) -> int | None:
     """Where a delimiter's part begins; None if it is the last delimiter."""
-    if body.startswith(b"--", position):
-        return None
+    is_last = body.startswith(b"--", position)
+    if is_last:
+        position += 2
     while body[position : position + 1] in (b" ", b"\t"):
         position += 1
-    if not body.startswith(b"\r\n", position):
+    if not body.startswith(b"\r\n", position) and not (is_last and position == len(body)):
         raise InvalidRequest("The multipart body has a broken delimiter.")
-    return position + 2
+    return None if is_last else position + 2
 
 
 def _read_part(body: bytes, start: int, end: int, found: dict[str, str | None]) -> None:
     head_end = body.find(b"\r\n\r\n", start, min(end, start + _MAX_PART_HEAD_BYTES) + 4)
     if head_end < 0 or head_end > end:
         raise InvalidRequest("A part of the multipart body has no headers, or too many.")
-    name, is_file = _name_of(body[start:head_end])
+    head = body[start:head_end]
+    name, is_file = _name_of(head)
     value: str | None = None
     if name.casefold() in _LOOKED_FOR:
         raw = body[head_end + 4 : end]
-        if is_file or len(raw) > MAX_FIELD_BYTES:
+        if is_file or _ENCODING.search(head) or len(raw) > MAX_FIELD_BYTES:
             raise InvalidRequest("This field is a short text.", param=name.casefold())
         try:
             value = raw.decode()
@@ -210,10 +231,11 @@ def _read_part(body: bytes, start: int, end: int, found: dict[str, str | None]) 
 
 def _name_of(head: bytes) -> tuple[str, bool]:
     """A part's name, and whether it is a file."""
+    lines = head.split(b"\r\n")
+    if not all(map(_HEADER.fullmatch, lines)):
+        raise InvalidRequest("A header of a part is a name, a colon and a value, in one line.")
     dispositions = [
-        line.partition(b":")[2]
-        for line in head.split(b"\r\n")
-        if line.partition(b":")[0].strip().lower() == b"content-disposition"
+        line.partition(b":")[2] for line in lines if line.partition(b":")[0].strip().lower() == b"content-disposition"
     ]
     if len(dispositions) != 1:
         raise InvalidRequest("Each part of a multipart body has one Content-Disposition.")
@@ -221,11 +243,13 @@ def _name_of(head: bytes) -> tuple[str, bool]:
         text = dispositions[0].decode()
     except UnicodeDecodeError:
         text = dispositions[0].decode("latin-1")
+    if not _DISPOSITION.fullmatch(text):
+        raise InvalidRequest("The Content-Disposition of a part is not well-formed.")
     parameters = [(key.lower(), value) for key, value in _PARAMETER.findall(text)]
-    names = [value for key, value in parameters if key in ("name", "name*")]
-    if len(names) != 1 or any(key == "name*" for key, _ in parameters):
+    names = [value for key, value in parameters if key.partition("*")[0] == "name"]  # `name*0` too, of RFC 2231
+    if len(names) != 1 or not any(key == "name" for key, _ in parameters):
         raise InvalidRequest("Each part of a multipart body has one name.")
     name = names[0]
     if name.startswith('"'):
         name = re.sub(r"\\(.)", r"\1", name[1:-1])
-    return name, any(key in ("filename", "filename*") for key, _ in parameters)
+    return name, any(key.partition("*")[0] == "filename" for key, _ in parameters)
