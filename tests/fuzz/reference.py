@@ -87,7 +87,8 @@ def form_by_werkzeug(body: bytes, boundary: bytes) -> dict[str, list[bytes]] | N
         at: list[bytes] = []
         while not isinstance(event := decoder.next_event(), Epilogue | NeedData):
             if isinstance(event, Field | File):
-                at = found.setdefault(event.name, [])
+                # Without a name that it can read, a part is nobody's.
+                at = found.setdefault(event.name or "", [])
                 at.append(b"")
             elif isinstance(event, Data):
                 at[-1] += event.data
