@@ -23,7 +23,7 @@ from .auth import refuse_foreign, refuse_other_origins
 from .client import add_client_routes
 from .cors import Cors
 from .errors import from_http_exception
-from .guard import BodyBudget, Guard, GuardSettings
+from .guard import BodyBudget, Guard, GuardSettings, current_exchange_of
 from .ops import add_ops_routes
 from .publisher import add_publisher_routes
 from .routes import Routes
@@ -99,8 +99,11 @@ class _Connection(TrioASGIHTTPConnection):
             await self.handle_request(nursery, request, send)
 
     async def _send_response(self, send: ASGISendCallable, response: Response | WerkzeugResponse) -> None:
+        exchange = current_exchange_of(self.scope)  # type: ignore[arg-type]
         try:
-            await super()._send_response(send, response)
+            # Nobody is there to be answered; one lineage of Quart would raise that as an error.
+            if not exchange.client_is_gone and not exchange.is_over:
+                await super()._send_response(send, response)
         finally:
             if isinstance(response.response, StreamBody):
                 # Also where a peer that left while the head was written meant that the body was never entered.

@@ -34,13 +34,15 @@ FLAG_PATTERN: Final = "|".join(
     "".join(f"[{each.upper()}{each}]" if each.isalpha() else each for each in word) for word in sorted(_TRUE | _FALSE)
 )
 
-_BOUNDARY: Final = re.compile(r""";\s*boundary\s*=\s*(?:"([^"\\]{1,70})"|([^\s;",]{1,70}))\s*(?=;|$)""", re.IGNORECASE)
+_BOUNDARY: Final = re.compile(
+    r""";[ \t]*boundary[ \t]*=[ \t]*(?:"([^"\\]{1,70})"|([^\s;",]{1,70}))[ \t]*(?=;|$)""", re.IGNORECASE
+)
 _ENCODING: Final = re.compile(rb"^content-transfer-encoding", re.IGNORECASE | re.MULTILINE)
 #: A header in one line. Of lines that go on, lone CRs and LFs, and lines without a colon readers make different things.
 _HEADER: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+[ \t]*:[^\r\n]*")
-_PARAMETER: Final = re.compile(r""";\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]*)\s*(?=;|$)""")
+_PARAMETER: Final = re.compile(r""";[ \t]*([^\s=;"]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"|[^\s;"]*)[ \t]*(?=;|$)""")
 #: A Content-Disposition with nothing between its parameters that might be taken for one.
-_DISPOSITION: Final = re.compile(rf"\s*[A-Za-z-]+\s*(?:{_PARAMETER.pattern})*;?\s*")
+_DISPOSITION: Final = re.compile(rf"[ \t]*[A-Za-z-]+[ \t]*(?:{_PARAMETER.pattern})*;?[ \t]*")
 
 
 class Asked(NamedTuple):
