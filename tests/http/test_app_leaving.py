@@ -14,6 +14,7 @@ from tests.http.wire import open_server, send_until_stuck
 from wakecall.broker import open_broker
 from wakecall.config import BrokerConfig
 from wakecall.http import create_app
+from wakecall.http.answers import Answer
 from wakecall.http.metrics import Metrics
 from wakecall.http.relay import EventsBody, pass_on
 from wakecall.models import InferSettled, LLMSpec, Statistics, Status
@@ -35,16 +36,44 @@ async def test_a_client_that_leaves_behind_a_stuck_write_cancels_its_infer(serve
             assert served.broker.statistics().in_flight == 0
 
 
-async def test_a_peer_that_leaves_before_its_answer_is_no_error_of_ours(
+async def test_a_peer_that_leaves_in_the_step_in_which_its_answer_is_made_is_no_error_of_ours(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It registers and says in the same breath that it will send no more: done or not, nobody told, nothing logged."""
-    body = b'{"llms": []}'
-    async with served.server.connect() as wire:
-        await wire.send(head("PUT", "/publisher/v1/sessions/laptop", f"content-length: {len(body)}") + body)
-        await wire.half_close()
-        await wire.read_to_end()
-    assert (await served.ask("GET", "/healthz")).status == 200
+    """By ASGI alone, for no socket is so exact: the handler has what it waits for, and the peer is gone before it goes on."""
+    waits, may_go_on = trio.Event(), trio.Event()
+    asked: list[str] = []
+
+    async def view() -> Answer:
+        waits.set()
+        await may_go_on.wait()
+        asked.append("answered")
+        return Answer(b"")
+
+    served.app.add_url_rule("/waits", "waits", view)
+
+    async def receive() -> dict[str, Any]:
+        await waits.wait()
+        may_go_on.set()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        asked.append(message["type"])
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": "/waits",
+        "raw_path": b"/waits",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", b"127.0.0.1")],
+        "extensions": {},
+    }
+    await served.app(scope, receive, send)
+    assert asked == ["answered"]
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
