@@ -1,8 +1,8 @@
 """`wakecall serve` as a process of its own, and beside it what a stateless load of requests needs to get anywhere.
 
-A publisher in a thread holds the channel of `laptop` and comes back whatever is done to it; `ready` puts back what the
-request before may have taken away, and `task` is the id of an infer that is under way. All of it blocks: what drives it,
-does too.
+It has a key for each role, all of one owner. A publisher in a thread holds the channel of `laptop` and comes back whatever
+is done to it; `ready` puts back what the request before may have taken away, `task` is the id of an infer that is under way,
+and `spare_key` that of a key which nobody needs. All of it blocks: what drives it, does too.
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ class Live:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self._asking = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+        #: By role. The first one closes the broker, so it is an operator's.
+        self.keys: dict[str, str] = {}
+        for role in ("admin", "publisher", "client"):
+            status, made = self.ask("POST", "/admin/v1/keys", {"role": role, "owner": "tester"})
+            assert status == 201, made
+            self.keys[role] = made["key"]
         self._held: tuple[socket.socket, str] | None = None
         self._arrived: list[str] = []
         self._news = threading.Condition()
@@ -47,9 +53,9 @@ class Live:
         self._thread = threading.Thread(target=self._publish, name="publisher")
         self._thread.start()
 
-    def ask(self, method: str, target: str, said: Any = None, **headers: str) -> tuple[int, Any]:
-        """One request of ours: the status, and the JSON if there is any."""
-        return _ask(self._asking, method, target, said, **headers)
+    def ask(self, method: str, target: str, said: Any = None) -> tuple[int, Any]:
+        """One request with the key that its path takes: the status, and the JSON if there is any."""
+        return self._ask(self._asking, method, target, said)
 
     def ready(self) -> None:
         """Return once the sessions are registered, the channel is open and the rows can be called."""
@@ -66,7 +72,9 @@ class Live:
             for name in ROWS:
                 # A public row of that name, or another session's: whoever made it, it goes.
                 self.ask("DELETE", f"/admin/v1/llms/{name}")
-            self._register(self._asking)
+            if self._register(self._asking) != 200:
+                self.ask("DELETE", f"/admin/v1/sessions/{LAPTOP}")  # it is somebody else's by now
+                self._register(self._asking)
             _, sessions = self.ask("GET", "/admin/v1/sessions")
             if not any(each["connected"] for each in sessions["data"] if each["session_id"] == LAPTOP):
                 self._wait_for_another(channel)
@@ -86,12 +94,19 @@ class Live:
         with self._news:
             self._arrived.clear()
         client = socket.create_connection(("127.0.0.1", self.port), PATIENCE_S)
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(_CALL)}\r\n\r\n"
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nx-api-key: {self.keys['client']}\r\n"
+            f"content-length: {len(_CALL)}\r\n\r\n"
+        )
         client.sendall(head.encode() + _CALL)
         with self._news:
             assert self._news.wait_for(lambda: self._arrived, PATIENCE_S), "no frame"
             self._held = (client, self._arrived.pop())
         return self._held[1]
+
+    def spare_key(self) -> str:
+        """The id of a key that may be revoked."""
+        return str(self.ask("POST", "/admin/v1/keys", {"role": "client"})[1]["id"])
 
     def close(self) -> None:
         if self._held is not None:
@@ -112,7 +127,9 @@ class Live:
             channel = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
             try:
                 self._register(posting)
-                channel.request("GET", f"/publisher/v1/sessions/{LAPTOP}/frames")
+                channel.request(
+                    "GET", f"/publisher/v1/sessions/{LAPTOP}/frames", headers={"x-api-key": self.keys["publisher"]}
+                )
                 answer = channel.getresponse()
                 if answer.status == 200:
                     self._follow(channel, answer, posting)
@@ -147,22 +164,25 @@ class Live:
                 self._arrived.append(data["task_id"])
             self._news.notify_all()
         if event in (b"infer", b"wake") and data["llm"] != "holds":
-            _ask(posting, "POST", f"/publisher/v1/tasks/{data['task_id']}/result", {"from": "the engine"})
+            self._ask(posting, "POST", f"/publisher/v1/tasks/{data['task_id']}/result", {"from": "the engine"})
 
-    def _register(self, connection: http.client.HTTPConnection) -> None:
+    def _register(self, connection: http.client.HTTPConnection) -> int:
         rows = [{"name": name, "status": "hibernating" if name == "sleeps" else "active"} for name in ROWS]
-        _ask(connection, "PUT", f"/publisher/v1/sessions/{LAPTOP}", {"llms": rows})
+        return self._ask(connection, "PUT", f"/publisher/v1/sessions/{LAPTOP}", {"llms": rows})[0]
 
-
-def _ask(
-    connection: http.client.HTTPConnection, method: str, target: str, said: Any = None, **headers: str
-) -> tuple[int, Any]:
-    body = b"" if said is None else msgspec.json.encode(said)
-    connection.request(method, target, body, {"content-type": "application/json", **headers})
-    answer = connection.getresponse()
-    data = answer.read()
-    is_json = answer.getheader("content-type", "").startswith("application/json")
-    return answer.status, msgspec.json.decode(data) if data and is_json else None
+    def _ask(
+        self, connection: http.client.HTTPConnection, method: str, target: str, said: Any = None
+    ) -> tuple[int, Any]:
+        body = b"" if said is None else msgspec.json.encode(said)
+        headers = {"content-type": "application/json"}
+        role = {"v1": "client", "publisher": "publisher"}.get(target.split("/")[1], "admin")
+        if role in self.keys:
+            headers["x-api-key"] = self.keys[role]
+        connection.request(method, target, body, headers)
+        answer = connection.getresponse()
+        data = answer.read()
+        is_json = answer.getheader("content-type", "").startswith("application/json")
+        return answer.status, msgspec.json.decode(data) if data and is_json else None
 
 
 @contextmanager

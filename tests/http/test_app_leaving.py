@@ -39,7 +39,7 @@ async def test_a_client_that_leaves_behind_a_stuck_write_cancels_its_infer(serve
 async def test_a_peer_that_leaves_in_the_step_in_which_its_answer_is_made_is_no_error_of_ours(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By ASGI alone, for no socket is so exact: the handler has what it waits for, and the peer is gone before it goes on."""
+    """By ASGI alone, for no socket is so exact: the handler has what it waits for, the peer is gone before it goes on."""
     waits, may_go_on = trio.Event(), trio.Event()
     asked: list[str] = []
 
