@@ -147,6 +147,8 @@ def test_a_form_names_its_model_and_whether_it_streams(body: bytes, content_type
         (form(('form-data; name="a"; name*0="model"', b"x"), MODEL), FORM, InvalidRequest),
         (form(('form-data; name="a; name="model"', b"x")), FORM, InvalidRequest),
         (form(('form-data;\x1fname="model"', b"x")), FORM, InvalidRequest),
+        (form(('form-data; name= "model"', b"x")), FORM, InvalidRequest),
+        (form(('file; name="model"', b"x")), FORM, InvalidRequest),
         (form(MODEL), "multipart/form-data;\x85boundary=B", InvalidRequest),
         (form(('form-data; name="model"\r\nContent-Transfer-Encoding: base64', b"eA==")), FORM, InvalidRequest),
     ],

@@ -40,9 +40,9 @@ _BOUNDARY: Final = re.compile(
 _ENCODING: Final = re.compile(rb"^content-transfer-encoding", re.IGNORECASE | re.MULTILINE)
 #: A header in one line. Of lines that go on, lone CRs and LFs, and lines without a colon readers make different things.
 _HEADER: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+[ \t]*:[^\r\n]*")
-_PARAMETER: Final = re.compile(r""";[ \t]*([^\s=;"]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"|[^\s;"]*)[ \t]*(?=;|$)""")
+_PARAMETER: Final = re.compile(r""";[ \t]*([^\s=;"]+)=("(?:[^"\\]|\\.)*"|[^\s;"]*)[ \t]*(?=;|$)""")
 #: A Content-Disposition with nothing between its parameters that might be taken for one.
-_DISPOSITION: Final = re.compile(rf"[ \t]*[A-Za-z-]+[ \t]*(?:{_PARAMETER.pattern})*;?[ \t]*")
+_DISPOSITION: Final = re.compile(rf"[ \t]*form-data[ \t]*(?:{_PARAMETER.pattern})*;?[ \t]*", re.IGNORECASE)
 
 
 class Asked(NamedTuple):
