@@ -83,6 +83,8 @@ def _plain(value: Any) -> Any:
     b'{"value": {"a": [1, 2.5, -3e2, true, null, "\\u00e9\\ud83d\\ude00"], "b": {}}}',
     b' {"value" : 18446744073709551615 , "x": [[[[]]]] }\n',
     b'{"value": ' + b"[" * 63 + b"]" * 63 + b"}",
+    b'{"value": ' + b"[" * 64 + b"]" * 64 + b"}",
+    b'{"value": [-9223372036854775809, 1e309]}',
     b"[1]",
     tokens=_JSON_TOKENS,
 )

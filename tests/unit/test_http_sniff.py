@@ -149,6 +149,7 @@ def test_a_form_names_its_model_and_whether_it_streams(body: bytes, content_type
         (form(('form-data;\x1fname="model"', b"x")), FORM, InvalidRequest),
         (form(('form-data; name= "model"', b"x")), FORM, InvalidRequest),
         (form(('file; name="model"', b"x")), FORM, InvalidRequest),
+        (form(MODEL).replace(b"Disposition:", b"Disposition :"), FORM, InvalidRequest),
         (form(MODEL), "multipart/form-data;\x85boundary=B", InvalidRequest),
         (form(('form-data; name="model"\r\nContent-Transfer-Encoding: base64', b"eA==")), FORM, InvalidRequest),
     ],

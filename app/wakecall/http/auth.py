@@ -27,7 +27,7 @@ __all__ = ["authenticate", "refuse_foreign", "refuse_other_origins"]
 
 logger = logging.getLogger("wakecall.server")
 
-_HOST: Final = re.compile(r"(\[(?=[^\]]*:)[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
+_HOST: Final = re.compile(r"(\[(?=[^\]]*:)[0-9A-Fa-f:.]+(?:%[0-9A-Za-z._~-]+)?\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _ORIGIN: Final = re.compile(r"https?://(.+)", re.IGNORECASE)
 
 

@@ -39,7 +39,7 @@ _BOUNDARY: Final = re.compile(
 )
 _ENCODING: Final = re.compile(rb"^content-transfer-encoding", re.IGNORECASE | re.MULTILINE)
 #: A header in one line. Of lines that go on, lone CRs and LFs, and lines without a colon readers make different things.
-_HEADER: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+[ \t]*:[^\r\n]*")
+_HEADER: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*")
 _PARAMETER: Final = re.compile(r""";[ \t]*([^\s=;"]+)=("(?:[^"\\]|\\.)*"|[^\s;"]*)[ \t]*(?=;|$)""")
 #: A Content-Disposition with nothing between its parameters that might be taken for one.
 _DISPOSITION: Final = re.compile(rf"[ \t]*form-data[ \t]*(?:{_PARAMETER.pattern})*;?[ \t]*", re.IGNORECASE)
