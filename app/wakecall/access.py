@@ -18,7 +18,7 @@ from .deadlines import Deadline
 from .directory import Directory
 from .dispatch import Dispatcher
 from .errors import InvalidRequest, ModelNotFound, ModelOffline, NotFound, SessionNotFound, StoreUnavailable, TooMany
-from .keyring import Caller, is_expired
+from .keyring import is_expired
 from .keys import ENTROPY_BYTES, MAX_PATTERNS, ROLES, digest_of, format_key, is_owner, is_pattern
 from .lifecycle import RowEvent
 from .models import Key, KeyEvent, KeyView, Kind, NewKey, Role
@@ -39,19 +39,28 @@ class Access:
         self._dispatcher = dispatcher
         self._registry = registry
         self._config = directory.config
+        self._expiries: dict[str, Deadline] = {}  # of publishers' keys, by their ids
 
     # Keys -----------------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Once the directory is loaded: watch the keys that will expire, and end what those that did have left."""
-        for caller in list(self._directory.keyring.callers.values()):
-            self._watch(caller)
+        """Once the directory is loaded: watch the keys that will expire, and end what those that are gone have left."""
+        directory, now = self._directory, self._directory.clock.now()
+        valid = set()
+        for caller in directory.keyring.callers.values():
+            assert caller.key is not None
+            if not is_expired(caller.key, now):
+                valid.add(caller.key.key_id)
+                self._watch(caller.key)
+        for session in list(directory.sessions.values()):
+            if session.record.key_id is not None and session.record.key_id not in valid:
+                self._registry.remove_session_nowait(session, "evicted")
 
     def close(self) -> None:
-        """The broker closes: nobody watches any more."""
-        for caller in self._directory.keyring.callers.values():
-            if caller.expiry is not None:
-                self._directory.waiting_deadlines.disarm(caller.expiry)
+        """The broker closes: an expiry during its last commit would decide after everything has ended."""
+        for expiry in self._expiries.values():
+            self._directory.waiting_deadlines.disarm(expiry)
+        self._expiries.clear()
 
     def create_nowait(
         self,
@@ -84,7 +93,8 @@ class Access:
             rpm=rpm,
             max_in_flight=max_in_flight,
         )
-        self._watch(directory.add_key(key))
+        directory.add_key(key)
+        self._watch(key)
         directory.notify(KeyEvent("created", key_id, role, key.owner))
         return NewKey(key, secret)
 
@@ -94,8 +104,20 @@ class Access:
             raise NotFound("There is no key of this id.")
         key = self._directory.remove_key(key_id).key
         assert key is not None
+        if (expiry := self._expiries.pop(key_id, None)) is not None:
+            self._directory.waiting_deadlines.disarm(expiry)
         self._end_sessions_of(key)
         self._directory.notify(KeyEvent("revoked", key_id, key.role, key.owner))
+
+    def require_keys_nowait(self) -> None:
+        """From now on a key is needed. A channel opened without one ends: its publisher comes back, and hears why."""
+        if not self._directory.keyring.is_open:
+            return
+        self._directory.keyring.close()
+        for session in list(self._directory.sessions.values()):
+            for channel in (session.pending, session.channel):
+                if channel is not None and channel.needs_open:
+                    self._registry.end_channel(channel, "stale")
 
     def view(self) -> list[KeyView]:
         """All keys, oldest first."""
@@ -106,17 +128,16 @@ class Access:
             views.append(KeyView(caller.key, caller.in_flight, is_expired(caller.key, now)))
         return sorted(views, key=lambda view: (view.key.created_at, view.key.key_id))
 
-    def _watch(self, caller: Caller) -> None:
+    def _watch(self, key: Key) -> None:
         """A publisher's key that expires takes its sessions with it, at that moment. Others just open nothing any more."""
-        key = caller.key
-        assert key is not None
         if key.role != "publisher" or key.expires_at is None:
             return
-        caller.expiry = Deadline(partial(self._expire, key))
+        expiry = self._expiries[key.key_id] = Deadline(partial(self._expire, key))
         left_s = key.expires_at - self._directory.clock.now()
-        self._directory.waiting_deadlines.arm(caller.expiry, trio.current_time() + left_s)
+        self._directory.waiting_deadlines.arm(expiry, trio.current_time() + left_s)
 
     def _expire(self, key: Key) -> None:
+        del self._expiries[key.key_id]
         self._end_sessions_of(key)
         self._directory.notify(KeyEvent("expired", key.key_id, key.role, key.owner))
 

@@ -24,7 +24,7 @@ from .access import Access
 from .config import BrokerConfig
 from .directory import Directory, Row
 from .dispatch import Dispatcher
-from .errors import InvalidRequest, ModelNotFound, NotFound, SessionNotFound, ShuttingDown, StoreUnavailable
+from .errors import InvalidRequest, ModelNotFound, NotFound, SessionNotFound, ShuttingDown
 from .faults import stacks_of
 from .journal import Journal
 from .keyring import Caller, Claim
@@ -135,6 +135,14 @@ class Broker:
         """
         return self._directory.keyring.find(secret, self.now())
 
+    def check(self, caller: Caller) -> None:
+        """Whether a caller still passes: behind a wait his key may have been revoked, or may be needed now.
+
+        Raises:
+            InvalidApiKey: he does not.
+        """
+        self._directory.keyring.check(caller, self.now())
+
     def claim(self, caller: Caller) -> Claim:
         """Begin a call on a caller's account: it counts against his key's limits until it is released.
 
@@ -172,20 +180,21 @@ class Broker:
         Raises:
             InvalidRequest, TooMany: what is asked cannot be.
             StoreUnavailable: there is no such key, for it could not be kept.
+            NotFound: somebody revoked it before it was made.
         """
         made = self._access.create_nowait(role, name, owner, llms, rpm, max_in_flight, expires_in_s)
-        kept = True
+        kept = False
         try:
             await self._journal.commit().wait()
-        except StoreUnavailable:
-            # Whoever asked does not get it, so nobody shall have it. (One that was revoked meanwhile is gone already.)
-            kept = False
-            with suppress(NotFound):
-                self._access.revoke_nowait(made.key.key_id)
-            raise
+            kept = True
         finally:
-            if kept:
-                self._directory.keyring.close()
+            if not kept:
+                # Whoever asked does not get it, be it for the store or because he left, so nobody shall have it.
+                with suppress(NotFound):
+                    self._access.revoke_nowait(made.key.key_id)
+        if made.key.key_id not in self._directory.keyring.callers:
+            raise NotFound("The key was revoked before it was made.")
+        self._access.require_keys_nowait()
         return made
 
     async def revoke_key(self, key_id: str) -> None:
@@ -288,9 +297,16 @@ class Broker:
         finally:
             channel.disconnect()
 
-    def open_channel_nowait(self, session_id: str, *, owner: str = LOCAL_OWNER, key_id: str | None = None) -> Channel:
-        """The same for a transport whose channel ends elsewhere: whoever holds it must call its `disconnect`."""
-        return self._registry.open_channel_nowait(session_id, owner, key_id)
+    def open_channel_nowait(
+        self, session_id: str, *, owner: str = LOCAL_OWNER, key_id: str | None = None, needs_open: bool = False
+    ) -> Channel:
+        """The same for a transport whose channel ends elsewhere: whoever holds it must call its `disconnect`.
+
+        Args:
+            session_id, owner, key_id: as for `open_channel`.
+            needs_open: whether it was opened without a key by somebody who needs one once the broker is open no more.
+        """
+        return self._registry.open_channel_nowait(session_id, owner, key_id, needs_open)
 
     def publish(
         self,

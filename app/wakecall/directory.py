@@ -299,13 +299,13 @@ class Directory:
         self.journal.put_session(session_id, None)
 
     def hand_over_session(self, session: Session, owner: str) -> None:
-        """A session, with its rows, is another owner's from now on."""
+        """A session, with its rows, is another owner's from now on; the key that it came with is not his."""
         before = session.record.owner
         self.owned[before] -= 1
         if not self.owned[before]:
             del self.owned[before]
         self.owned[owner] = self.owned.get(owner, 0) + 1
-        self.change_session(session, owner=owner)
+        self.change_session(session, owner=owner, key_id=None)
         for row in session.rows.values():
             self.hand_over_row(row, owner)
 
@@ -334,8 +334,6 @@ class Directory:
         """A key that is there is no more. Raises KeyError: it is not there."""
         caller = self.keyring.remove(key_id)
         self.journal.put_key(key_id, None)
-        if caller.expiry is not None:
-            self.waiting_deadlines.disarm(caller.expiry)
         return caller
 
     # Outcomes

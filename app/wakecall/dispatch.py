@@ -85,11 +85,11 @@ class Dispatcher:
         decision = place(self._load_of(row))
         if decision is Placement.FULL:
             raise QueueFull(retry_after_s=self._estimate_wait(row))
-        now = trio.current_time()
-        infer = Infer(new_task_id(), row, request, self._config, now, self.cancel)
         if claim is not None:
             claim.take_over()
-            infer.claim = claim
+        now = trio.current_time()
+        infer = Infer(new_task_id(), row, request, self._config, now, self.cancel)
+        infer.claim = claim
         counters.accepted += 1
         counters.waiting += 1
         if decision is Placement.OFFLINE:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import hmac
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from .errors import InvalidApiKey, RateLimitExceeded
 from .keys import ROLES, digest_of, matcher_of
 from .limits import RateState, RequestRate
-from .models import LOCAL_OWNER, Key, Role
-
-if TYPE_CHECKING:
-    from .deadlines import Deadline
+from .models import LOCAL_OWNER, MAX_NAME_LENGTH, Key, Role
 
 __all__ = ["Caller", "Claim", "Keyring"]
 
@@ -31,15 +28,14 @@ class Caller:
         in_flight: calls of his that are under way.
     """
 
-    __slots__ = ("_matches", "_rate", "expiry", "in_flight", "key", "owner", "roles")
+    __slots__ = ("_matches", "_rate", "in_flight", "key", "owner", "roles")
 
     def __init__(self, key: Key | None) -> None:
         self.key: Final = key
         self.owner: Final = LOCAL_OWNER if key is None else key.owner
         self.roles: Final[frozenset[Role]] = frozenset(ROLES if key is None else (key.role,))
         self.in_flight = 0
-        self.expiry: Deadline | None = None
-        self._matches = matcher_of(None if key is None else key.llms)
+        self._matches = None if key is None or key.llms is None else matcher_of(key.llms)
         self._rate = None if key is None or key.rpm is None else RequestRate(key.rpm)
 
     @property
@@ -48,7 +44,8 @@ class Caller:
 
     def may_use(self, name: str) -> bool:
         """Whether a model of this name is one for him."""
-        return self._matches(name)
+        # What is longer than any name matches nothing: to look through it for a pattern could take seconds.
+        return self._matches is None or (len(name) <= MAX_NAME_LENGTH and self._matches(name))
 
     def claim(self, now: float) -> Claim:
         """Begin a call of his, as far as his key's limits go.
@@ -62,7 +59,11 @@ class Caller:
         most = None if self.key is None else self.key.max_in_flight
         if most is not None and self.in_flight >= most:
             # First, for it costs nothing of the rate.
-            raise RateLimitExceeded(f"This key may have {most} requests under way at a time.", retry_after_s=1.0)
+            raise RateLimitExceeded(
+                f"This key may have {most} requests under way at a time.",
+                retry_after_s=1.0,
+                rate=None if self._rate is None else self._rate.look(now),
+            )
         rate = None if self._rate is None else self._rate.take(now)
         if rate is not None and not rate.allowed:
             raise RateLimitExceeded(
@@ -91,7 +92,9 @@ class Claim:
         caller.in_flight += 1
 
     def take_over(self) -> None:
-        """An infer holds it from now on."""
+        """An infer holds it from now on. Raises RuntimeError: one does already, or the call is over."""
+        if self._taken_over or not self._held:
+            raise RuntimeError("a claim is for one call, and not for one after its end")
         self._taken_over = True
 
     def release(self) -> None:
@@ -161,6 +164,20 @@ class Keyring:
         if is_expired(caller.key, now):
             raise InvalidApiKey("This API key has expired.")
         return caller
+
+    def check(self, caller: Caller, now: float) -> None:
+        """Whether somebody who was found a while ago would be found now.
+
+        Raises:
+            InvalidApiKey: his key has been revoked or has expired since, or he had none and needs one now.
+        """
+        if caller.key is None:
+            if not self.is_open:
+                raise InvalidApiKey("This broker wants an API key now.")
+        elif self.callers.get(caller.key.key_id) is not caller:
+            raise InvalidApiKey("This API key has been revoked.")
+        elif is_expired(caller.key, now):
+            raise InvalidApiKey("This API key has expired.")
 
 
 def is_expired(key: Key, now: float) -> bool:

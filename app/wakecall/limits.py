@@ -42,6 +42,10 @@ class RequestRate:
         self._share_s = _WINDOW_S / rpm
         self._full_at = -math.inf
 
+    def look(self, now: float) -> RateState:
+        """How it stands for one that is not made. `now` as for `take`."""
+        return self._state(max(self._full_at, now), now, allowed=True)
+
     def take(self, now: float) -> RateState:
         """Make one request, if it may be made.
 
@@ -53,6 +57,9 @@ class RequestRate:
         allowed = full_at + self._share_s - now <= _WINDOW_S + self._share_s * 1e-6
         if allowed:
             full_at = self._full_at = full_at + self._share_s
+        return self._state(full_at, now, allowed)
+
+    def _state(self, full_at: float, now: float, allowed: bool) -> RateState:
         owed_s = full_at - now
         remaining = max(math.floor((_WINDOW_S - owed_s) / self._share_s + 1e-6), 0)
         retry_after_s = 0.0 if remaining else max(owed_s + self._share_s - _WINDOW_S, 0.0)

@@ -217,7 +217,7 @@ class Registry:
 
     # Channels -------------------------------------------------------------------------------------------------------
 
-    def open_channel_nowait(self, session_id: str, owner: str, key_id: str | None) -> Channel:
+    def open_channel_nowait(self, session_id: str, owner: str, key_id: str | None, needs_open: bool) -> Channel:
         """A new epoch: the one before it ends as superseded, and this is current once that has been joined."""
         directory = self._directory
         if directory.stopping:
@@ -230,6 +230,7 @@ class Registry:
             epoch,
             self._config,
             key_id=key_id,
+            needs_open=needs_open,
             on_disconnect=lambda channel: self.end_channel(channel, None),
             on_overflow=lambda channel: self.end_channel(channel, "stale"),
             on_room=self._on_channel_room,

@@ -60,6 +60,7 @@ class Channel:
         session_id: whose it is.
         epoch: which of the session's channels it is; it grows.
         key_id: the key that opened it; None: none was needed.
+        needs_open: whether it ends once the broker wants keys.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Channel:
         config: BrokerConfig,
         *,
         key_id: str | None = None,
+        needs_open: bool = False,
         on_disconnect: Callable[[Channel], None],
         on_overflow: Callable[[Channel], None],
         on_room: Callable[[Channel], None],
@@ -77,6 +79,7 @@ class Channel:
         self.session_id: Final = session.record.session_id
         self.epoch: Final = epoch
         self.key_id: Final = key_id
+        self.needs_open: Final = needs_open
         self.tasks: dict[str, Infer | Wake] = {}  # sent on it and not over
         self.deadlines: Final = Deadlines()
         self.scope = trio.CancelScope()

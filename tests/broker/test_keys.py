@@ -145,6 +145,83 @@ async def test_a_key_that_cannot_be_kept_is_none(autojump_clock):
     assert (await store.load()).keys == ()
 
 
+class HungStore(MemoryStore):
+    def __init__(self):
+        super().__init__()
+        self.free = trio.Event()
+        self.free.set()
+
+    async def write(self, batch):
+        await self.free.wait()
+        await super().write(batch)
+
+
+async def test_a_key_whose_maker_leaves_is_none(nursery, autojump_clock):
+    """While it is committed: he did not get it, and a broker that was open still is."""
+    store = HungStore()
+    async with open_test_broker(store=store) as broker:
+        store.free = trio.Event()
+        with trio.move_on_after(5):
+            await broker.create_key("admin")
+        assert broker.key_views() == []
+        assert broker.is_open
+        store.free.set()
+    assert (await store.load()).keys == ()
+
+
+async def test_a_key_that_is_revoked_before_it_is_made_closes_nothing(nursery, autojump_clock):
+    store = HungStore()
+    async with open_test_broker(store=store) as broker:
+        store.free = trio.Event()
+        caught = []
+
+        async def make():
+            try:
+                await broker.create_key("admin")
+            except NotFound as error:
+                caught.append(error)
+
+        async with trio.open_nursery() as makers:
+            makers.start_soon(make)
+            await trio.testing.wait_all_tasks_blocked()
+            (view,) = broker.key_views()
+            makers.start_soon(broker.revoke_key, view.key.key_id)
+            await trio.testing.wait_all_tasks_blocked()
+            store.free.set()
+        assert len(caught) == 1
+        assert broker.is_open
+
+
+async def test_who_passed_a_while_ago_is_asked_again(autojump_clock):
+    async with open_test_broker() as broker:
+        anybody = broker.authenticate(None)
+        broker.check(anybody)
+        made = await broker.create_key("client", expires_in_s=60)
+        with pytest.raises(InvalidApiKey):
+            broker.check(anybody)
+        caller = broker.authenticate(made.secret)
+        broker.check(caller)
+        await trio.sleep(60)
+        with pytest.raises(InvalidApiKey, match="expired"):
+            broker.check(caller)
+        await broker.revoke_key(made.key.key_id)
+        with pytest.raises(InvalidApiKey, match="revoked"):
+            broker.check(caller)
+
+
+async def test_with_the_first_key_the_channels_without_one_end(autojump_clock):
+    """Of publishers over a wire; one in the same process is its program's, and stays."""
+    async with open_test_broker() as broker, FakePublisher(broker, "inside", ["phi"]) as inside:
+        await broker.register("outside", [LLMSpec("qwen")])
+        outside = broker.open_channel_nowait("outside", needs_open=True)
+        await trio.testing.wait_all_tasks_blocked()
+        assert statuses(broker)["qwen"] is Status.ACTIVE
+        await broker.create_key("admin")
+        assert outside.ended == "stale"
+        assert statuses(broker) == {"phi": Status.ACTIVE, "qwen": INACTIVE}
+        assert inside.channel.ended is None
+
+
 async def test_a_key_that_cannot_be_written_off_is_revoked_all_the_same(autojump_clock):
     store = FailingStore()
     async with open_test_broker(store=store) as broker:
@@ -240,6 +317,39 @@ async def test_as_many_calls_at_a_time_as_a_key_allows_whatever_becomes_of_them(
         with broker.claim(caller) as claim, pytest.raises(ModelNotFound):
             broker.infer_nowait("never", CALL, claim=claim)
         assert caller.in_flight == 0
+
+
+async def test_a_claim_is_for_one_call_and_not_for_one_after_its_end(autojump_clock):
+    async with open_test_broker() as broker, FakePublisher(broker, "laptop", ["qwen"]):
+        caller = broker.authenticate((await broker.create_key("client", max_in_flight=1)).secret)
+        claim = broker.claim(caller)
+        infer = broker.infer_nowait("qwen", CALL, claim=claim)
+        with pytest.raises(RuntimeError):
+            broker.infer_nowait("qwen", CALL, claim=claim)
+        infer.cancel()
+        with broker.claim(caller) as unused:
+            pass
+        for over in (claim, unused):
+            with pytest.raises(RuntimeError):
+                broker.infer_nowait("qwen", CALL, claim=over)
+        assert caller.in_flight == 0
+        assert broker.statistics().accepted == 1
+
+
+async def test_a_refusal_for_what_is_under_way_says_how_the_rate_stands(autojump_clock):
+    async with open_test_broker() as broker:
+        caller = broker.authenticate((await broker.create_key("client", rpm=9, max_in_flight=1)).secret)
+        with broker.claim(caller), pytest.raises(RateLimitExceeded) as refused:
+            broker.claim(caller)
+        assert (refused.value.rate.limit, refused.value.rate.remaining) == (9, 8)
+
+
+async def test_a_name_longer_than_any_is_none_for_a_key_bound_to_models(autojump_clock):
+    """It is not even looked through: against many stars that could take seconds."""
+    async with open_test_broker() as broker:
+        caller = broker.authenticate((await broker.create_key("client", llms=["*-N-small"] * 64)).secret)
+        assert caller.may_use("a-N-small")
+        assert not caller.may_use("-N-smal" * 5_000_000 + "-N-small")
 
 
 async def test_a_call_that_its_publisher_loses_counts_no_more(autojump_clock):
@@ -365,8 +475,10 @@ async def test_a_key_that_expired_while_the_broker_was_down_has_no_session_left(
         await broker.register("laptop", [LLMSpec("qwen")], owner="anna", key_id=key.key_id)
     await trio.sleep(60)
     async with open_test_broker(store=store) as broker:
-        await trio.testing.wait_all_tasks_blocked()
+        events = observe(broker)
+        await trio.sleep(1)
         assert broker.session_views() == []
+        assert events == [], "that was told when it happened, or nobody was there"
 
 
 # Owners -----------------------------------------------------------------------------------------------------------------
@@ -390,6 +502,19 @@ async def test_a_session_that_is_handed_over_is_its_new_owners_with_all_its_rows
         assert statuses(broker) == {"qwen": Status.ACTIVE, "phi": Status.ACTIVE}
         await broker.hand_over_session("laptop", "anna")
         assert publisher.channel.ended is None, "nothing changes for whom it is already"
+
+
+async def test_the_old_owners_key_has_no_hold_on_what_was_handed_over(autojump_clock):
+    async with open_test_broker() as broker:
+        old = (await broker.create_key("publisher", owner="anna", expires_in_s=60)).key
+        async with FakePublisher(broker, "laptop", ["qwen"], owner="anna", key_id=old.key_id) as publisher:
+            await broker.hand_over_session("laptop", "ben")
+            publisher.owner, publisher.key_id = "ben", "key_of_ben"
+            await publisher.connect()
+            await trio.sleep(70)
+            await broker.revoke_key(old.key_id)
+            assert publisher.channel.ended is None
+            assert statuses(broker) == {"qwen": Status.ACTIVE}
 
 
 async def test_a_row_that_is_handed_over_waits_for_its_new_owners_register(nursery, autojump_clock):

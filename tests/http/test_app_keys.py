@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from tests.http.served import JSON, Frame, Reading, Served, WirePublisher, as_bytes, head, wait_until
 from tests.http.wire import Answer
@@ -312,6 +313,40 @@ async def test_on_the_next_request_a_revoked_key_opens_nothing(keyed: Keyed) -> 
         assert (await wire.read_answer()).status == 401
 
 
+@pytest.mark.parametrize(
+    ("whose", "method", "target", "body"),
+    [
+        ("admin", "POST", "/admin/v1/keys", {"role": "admin"}),
+        ("admin", "PUT", "/admin/v1/llms/gpt", {"type": "openai", "model": "x", "url": "https://api.example"}),
+        ("publisher", "PUT", "/publisher/v1/sessions/late", {"llms": [{"name": "late"}]}),
+        ("client", "POST", "/v1/chat/completions", {"model": "qwen"}),
+        ("nobody", "POST", "/admin/v1/keys", {"role": "admin"}),
+    ],
+)
+async def test_who_loses_his_key_while_his_body_arrives_is_refused(
+    served: Served, whose: str, method: str, target: str, body: Any
+) -> None:
+    """Else a stolen key could make another one while it is revoked; and who began on an open broker has no key at all."""
+    broker = served.broker
+    if whose != "nobody":
+        keyed = Keyed(served, {role: (await broker.create_key(role)).secret for role in ROLES})
+    header = () if whose == "nobody" else (keyed.header(whose),)
+    data = as_bytes(body)
+    async with served.server.connect() as wire:
+        await wire.send(head(method, target, *header, JSON, f"content-length: {len(data)}") + data[:5])
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        if whose == "nobody":
+            await broker.create_key("admin")
+        else:
+            key = next(view.key for view in broker.key_views() if view.key.role == whose)
+            await broker.revoke_key(key.key_id)
+        before = await everything(broker)
+        await wire.send(data[5:])
+        answer = await wire.read_answer(method)
+    assert (answer.status, answer.code) == (401, "invalid_api_key")
+    assert await everything(broker) == before
+
+
 async def test_a_publisher_whose_key_is_revoked_is_told_to_stop(keyed: Keyed) -> None:
     async with Publishing(keyed) as publisher:
         own = next(view.key for view in keyed.served.broker.key_views() if view.key.role == "publisher")
@@ -515,6 +550,7 @@ async def test_the_first_key_closes_an_open_broker_for_whoever_is_there(served: 
     async with served.publishing() as publisher, served.calling({"model": "qwen"}) as reading:
         frame = await publisher.next("infer")
         await served.broker.create_key("admin")
+        assert (await publisher.next("bye")).data == {"reason": "stale"}
+        assert (await reading.read_head()).status == 503
         assert (await publisher.answer(frame, {})).status == 401
         assert (await served.ask("POST", "/publisher/v1/sessions/laptop/heartbeat", body=b"{}")).status == 401
-        del reading

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Final, TypeVar
 
 from quart import Request
 from werkzeug.datastructures import Headers
@@ -23,7 +23,9 @@ from ..keyring import Caller
 from ..models import Role
 from .sockets import is_loopback
 
-__all__ = ["authenticate", "refuse_foreign", "refuse_other_origins"]
+__all__ = ["authenticate", "check_again", "refuse_foreign", "refuse_other_origins"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger("wakecall.server")
 
@@ -44,16 +46,30 @@ def authenticate(broker: Broker, request: Request, role: Role) -> Caller:
         Forbidden: it is another role's.
         InternalError: something of ours went wrong: nobody passes for that (503).
     """
+    caller = _sure_of(lambda: broker.authenticate(_presented(request.headers)))
+    if role not in caller.roles:
+        raise Forbidden(f"This path takes a key of role {role}.")
+    return caller
+
+
+def check_again(broker: Broker, caller: Caller) -> None:
+    """Whether a caller still passes, behind a wait for his body: his key may be revoked by now.
+
+    Raises:
+        InvalidApiKey: he does not.
+        InternalError: something of ours went wrong (503).
+    """
+    _sure_of(lambda: broker.check(caller))
+
+
+def _sure_of(check: Callable[[], T]) -> T:
     try:
-        caller = broker.authenticate(_presented(request.headers))
+        return check()
     except WakecallError:
         raise
     except Exception as error:
         logger.error("a key could not be checked: %s", stacks_of(error))
         raise InternalError("The broker cannot check API keys.", status=503) from None
-    if role not in caller.roles:
-        raise Forbidden(f"This path takes a key of role {role}.")
-    return caller
 
 
 def _presented(headers: Headers) -> str | None:

@@ -24,6 +24,7 @@ from ..errors import (
 from ..keyring import Claim
 from ..models import LLM, InferRequest, Kind, Status
 from .answers import Answer, StreamBody, json_answer
+from .auth import check_again
 from .calls import Call, look_into, refuse_encoded
 from .errors import rate_headers
 from .relay import PASSED_TYPES, pass_on
@@ -117,6 +118,7 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
             headers = call.request.headers
             content_type = _short(headers.get("content-type"), "Content-Type") or "application/json"
             asked = await look_into(body, lambda body: sniff(body, content_type))
+            check_again(broker, call.caller)
             infer = broker.infer_nowait(
                 asked.model,
                 InferRequest(

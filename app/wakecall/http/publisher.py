@@ -152,7 +152,8 @@ def add_publisher_routes(routes: Routes, broker: Broker) -> None:
             raise TooMany(f"A session has at most {config.max_llms_per_session} models.", param="llms")
         agent = said.agent or RegisteringAgent()
         for index, llm in enumerate(said.llms):
-            if not call.caller.may_use(llm.name):
+            # (What is no name at all is the broker's to refuse.)
+            if is_llm_name(llm.name) and not call.caller.may_use(llm.name):
                 raise Forbidden("This key does not publish under this name.", param=f"llms[{index}].name")
         registered = await broker.register(
             session_id,
@@ -206,7 +207,8 @@ def add_publisher_routes(routes: Routes, broker: Broker) -> None:
     )
     async def frames(call: Call, session_id: str) -> Answer:
         """Open the session's control channel."""
-        channel = broker.open_channel_nowait(session_id, owner=call.owner, key_id=call.caller.key_id)
+        key_id = call.caller.key_id
+        channel = broker.open_channel_nowait(session_id, owner=call.owner, key_id=key_id, needs_open=key_id is None)
         call.exchange.on_disconnect(channel.disconnect)
         call.exchange.on_progress(channel.note_progress)
         return stream_answer(FramesBody(channel, config.keepalive_s), "text/event-stream")

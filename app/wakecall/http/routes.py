@@ -27,6 +27,7 @@ from ..errors import (
 )
 from ..models import ID_PATTERN, MAX_NAME_LENGTH, NAME_PATTERN, Role
 from .answers import Answer
+from .auth import check_again
 from .calls import Call, begin, one_header, read_json
 
 __all__ = ["HELD_BODY", "Content", "Declared", "Header", "Id", "Instant", "Media", "Name", "Route", "Routes"]
@@ -197,6 +198,7 @@ class Routes:
             call = begin(self.broker, role)
             if isinstance(body, type):
                 said: Any = await read_json(call, body, self.broker.config.max_body_bytes)
+                check_again(self.broker, call.caller)
                 return await handler(call, **in_path, said=said)
             return await handler(call, **in_path)
 
