@@ -17,7 +17,7 @@ import trio
 from .deadlines import Deadline
 from .directory import Directory
 from .dispatch import Dispatcher
-from .errors import InvalidRequest, ModelNotFound, ModelOffline, NotFound, SessionNotFound, StoreUnavailable, TooMany
+from .errors import InvalidRequest, ModelNotFound, NotFound, SessionNotFound, StoreUnavailable, TooMany
 from .keyring import is_expired
 from .keys import ENTROPY_BYTES, MAX_PATTERNS, ROLES, digest_of, format_key, is_owner, is_pattern
 from .lifecycle import RowEvent
@@ -166,7 +166,7 @@ class Access:
             return
         if directory.owned.get(owner, 0) >= self._config.max_sessions_per_owner:
             raise TooMany(f"An owner has at most {self._config.max_sessions_per_owner} sessions.", param="owner")
-        self._check_room_for(len(session.rows), owner)
+        directory.check_room_for(len(session.rows), owner, "owner")
         # Whoever holds the channel holds it for the old owner.
         for channel in (session.pending, session.channel):
             if channel is not None:
@@ -183,18 +183,12 @@ class Access:
         if row.llm.owner == owner:
             return
         if row.llm.kind is Kind.VIRTUAL:
-            self._check_room_for(1, owner)
-            if row.wake is not None:
-                # It was asked of a publisher whose row this no longer is.
-                self._dispatcher.settle_wake(row.wake, "lost", ModelOffline(), cancel="client_disconnected")
+            directory.check_room_for(1, owner, "owner")
+            # Also what was sent: else the old owner's answers would hold the new one's slots.
+            self._dispatcher.fail_row(row, "The model was handed over while it worked on this request.")
             self._dispatcher.step(row, RowEvent.WITHDRAWN)
             directory.detach_row(row)
         directory.hand_over_row(row, owner)
-
-    def _check_room_for(self, count: int, owner: str) -> None:
-        most = self._config.max_llms_per_session * self._config.max_sessions_per_owner
-        if self._directory.owned_rows.get(owner, 0) + count > most:
-            raise TooMany(f"An owner has at most {most} models, withdrawn ones included.", param="owner")
 
 
 def _check_owner(owner: str) -> None:

@@ -20,6 +20,7 @@ import trio
 from . import lifecycle
 from .config import BrokerConfig
 from .deadlines import Deadlines
+from .errors import TooMany
 from .journal import Journal
 from .keyring import Caller, Keyring
 from .lifecycle import RowEvent
@@ -218,6 +219,13 @@ class Directory:
                 self.live[name] = row
         if changes:
             self.change_row(row, **changes)
+
+    def check_room_for(self, count: int, owner: str, param: str) -> None:
+        """Whether an owner may have so many rows more. Raises TooMany, with `param`: he may not."""
+        config = self.config
+        most = min(config.max_llms_per_owner, config.max_llms_per_session * config.max_sessions_per_owner)
+        if self.owned_rows.get(owner, 0) + count > most:
+            raise TooMany(f"An owner has at most {most} models, withdrawn ones included.", param=param)
 
     def hand_over_row(self, row: Row, owner: str) -> None:
         """A row is another owner's from now on."""

@@ -394,16 +394,20 @@ class Dispatcher:
         for infer in list(row.waiting.values()):
             self.settle(infer, "failed", error())
 
-    def fail_row(self, row: Row) -> None:
-        """A row is about to be removed: fail everything on it, and tell its publisher to stop."""
+    def fail_row(self, row: Row, message: str = "The model was deleted while it worked on this request.") -> None:
+        """A row is about to be no more its session's: fail everything on it, and tell its publisher to stop.
+
+        Args:
+            row: which.
+            message: for those whose frame was sent.
+        """
         self.refuse_waiting(row, ModelOffline)
         if row.wake is not None:
             self.settle_wake(row.wake, "lost", ModelOffline(), cancel="shutdown")
         for task in list(self._directory.tasks.values()) if row.in_flight else ():
             if isinstance(task, Infer) and task.row is row:
                 # Its publisher may have generated already: nobody is to repeat it.
-                error = PublisherDisconnected("The model was deleted while it worked on this request.")
-                self.settle(task, "failed", error, cancel="shutdown")
+                self.settle(task, "failed", PublisherDisconnected(message), cancel="shutdown")
 
 
 def _out_of_time(phase: Phase) -> DeadlineExceeded:

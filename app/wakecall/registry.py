@@ -155,10 +155,8 @@ class Registry:
             if llm.session_id != session_id and llm.status is not Status.INACTIVE:
                 raise LLMNameTaken(param=where)
         fresh = sum(1 for name in seen if name not in self._directory.rows)
-        most = limit * self._config.max_sessions_per_owner
-        if self._directory.owned_rows.get(owner, 0) + fresh > most:
-            # Rows outlive a goodbye: else sessions that come and go could fill the memory.
-            raise TooMany(f"An owner has at most {most} models, withdrawn ones included.", param="llms")
+        # Rows outlive a goodbye: else sessions that come and go could fill the memory.
+        self._directory.check_room_for(fresh, owner, "llms")
 
     def _check_spec(self, spec: LLMSpec, where: str) -> None:
         if spec.status is Status.INACTIVE:

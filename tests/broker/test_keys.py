@@ -529,6 +529,23 @@ async def test_a_row_that_is_handed_over_waits_for_its_new_owners_register(nurse
                 assert (await publisher.heartbeat()).llms == {"phi": Status.ACTIVE}
 
 
+async def test_what_was_sent_of_a_row_that_is_handed_over_ends(nursery, autojump_clock):
+    """Its slots are the new owner's."""
+    spec = LLMSpec("qwen", max_concurrency=1)
+    async with open_test_broker() as broker, FakePublisher(broker, "laptop", [spec]) as publisher:
+        call = start_call(nursery, broker)
+        await publisher.next("infer")
+        await broker.hand_over_llm("qwen", "anna")
+        await call.over.wait()
+        assert call.code == "publisher_disconnected"
+        await publisher.next("cancel")
+        async with FakePublisher(broker, "annas", [spec], owner="anna") as annas:
+            second = start_call(nursery, broker)
+            await annas.answer(await annas.next("infer"), b"{}")
+            await second.over.wait()
+            assert second.body == b"{}"
+
+
 async def test_a_row_handed_over_while_it_wakes_fails_those_who_wait(nursery, autojump_clock):
     spec = LLMSpec("qwen", status=Status.HIBERNATING)
     async with open_test_broker() as broker, FakePublisher(broker, "laptop", [spec]) as publisher:

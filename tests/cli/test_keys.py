@@ -394,7 +394,7 @@ async def test_an_open_broker_needs_no_key_and_minds_none(tmp_path: Path) -> Non
         first = await ask("keys", "create", "admin", "--broker", url, state=tmp_path)
         last = await ask("keys", "revoke", id_of(first), "--broker", url, state=tmp_path, WAKECALL_KEY=secret_of(first))
         assert last.exit_code == 78
-        assert "This is the last key of role admin." in last.stderr
+        assert "This is the last key of role admin that lasts." in last.stderr
         assert len(broker.key_views()) == 1
 
 

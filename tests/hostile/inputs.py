@@ -143,8 +143,8 @@ Judge = Callable[[str, str], Expected]
 
 
 def is_too_long(text: str) -> bool:
-    """Whether it is more than a publisher or operator may say in one text (4 KiB)."""
-    return len(text.encode()) > 4_096
+    """Whether it is more than a publisher or operator may say in one text (512 bytes)."""
+    return len(text.encode()) > 512
 
 
 @dataclass(frozen=True)

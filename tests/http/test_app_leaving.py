@@ -372,7 +372,7 @@ async def test_an_answer_that_is_whole_in_time_is_passed_on_as_it_is(
     assert await answer.get_data() == b"{}"
 
 
-def test_a_code_that_is_not_ours_is_counted_as_other() -> None:
+async def test_a_code_that_is_not_ours_is_counted_as_other() -> None:
     """A label's values are few, whatever publishers call their failures."""
 
     class Quiet:

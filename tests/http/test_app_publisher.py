@@ -116,7 +116,7 @@ async def test_a_register_that_cannot_be_is_refused_and_changes_nothing(
 
 
 async def test_what_a_publisher_may_say_at_most_is_taken(served: Served) -> None:
-    llms = [{"name": f"m{each}", "type": "t" * 4096} for each in range(256)]
+    llms = [{"name": f"m{each}", "type": "t" * 512} for each in range(256)]
     assert (await served.register("a" * 128, *llms)).status == 200
 
 

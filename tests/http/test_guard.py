@@ -186,6 +186,17 @@ def test_a_budget_never_takes_in_part() -> None:
     assert budget.held_bytes == 0
 
 
+def test_the_last_eighth_of_the_budget_is_not_for_clients() -> None:
+    """Publishers heartbeat and operators revoke, whatever clients hold."""
+    budget = BodyBudget(80)
+    budget.take(70, for_client=True)
+    with pytest.raises(QueueFull):
+        budget.take(1, for_client=True)
+    budget.take(10)
+    with pytest.raises(QueueFull):
+        budget.take(1)
+
+
 async def test_a_body_that_stalls_is_given_up(app: App, mock_clock: trio.testing.MockClock) -> None:
     """After `body_stall_s` without a byte; each byte starts the time anew."""
     mock_clock.rate = 1

@@ -161,7 +161,9 @@ async def test_every_operation_succeeds_as_described(served: Served) -> None:
     await served.ask("PATCH", "/admin/v1/sessions/laptop", body=owner)
     await served.ask("PATCH", "/admin/v1/sessions/laptop", body=as_bytes({"owner": "local"}))
     await served.ask("DELETE", "/publisher/v1/sessions/laptop")
-    made = await served.ask("POST", "/admin/v1/keys", body=as_bytes({"role": "admin", "name": "n", "expires_in_s": 60}))
+    made = await served.ask(
+        "POST", "/admin/v1/keys", body=as_bytes({"role": "admin", "name": "n", "expires_in_s": 86_400})
+    )
     key = f"x-api-key: {made.json['key']}"
     bound = as_bytes({"role": "client", "llms": ["a*"], "rpm": 1, "max_in_flight": 2})
     other = (await served.ask("POST", "/admin/v1/keys", key, body=bound)).json["id"]

@@ -83,6 +83,9 @@ def _place(broker: str, key: str | None, db: str | None) -> BrokerKeys | FileKey
 
 def _patterns(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[str] | None:
     patterns = [each for value in values for each in re.split(r"[,\s]+", value) if each]
+    if values and not patterns:
+        # An unset variable in a script must not open everything.
+        raise click.BadParameter("it names no model; leave it out for all of them", ctx, param)
     for pattern in patterns:
         if not is_pattern(pattern):
             raise click.BadParameter(f"{printable(pattern)} is no model's name, with * for any characters", ctx, param)

@@ -28,6 +28,8 @@ from .routes import Id, Instant, Name, Routes
 
 __all__ = ["Key", "MadeKey", "add_admin_routes", "describe_key"]
 
+#: An operator's key that has less to live, in seconds, is not one to be left alone with.
+_LASTING_S: Final = 3600.0
 _LLM_PATH: Final = "/admin/v1/llms/<path:name>"
 _KEY_ENV: Final = r"WAKECALL_UPSTREAM_[A-Z0-9_]+"
 _URL: Final = r"[!-~]{1,2048}"
@@ -206,8 +208,8 @@ def add_admin_routes(routes: Routes, broker: Broker) -> None:
         if not is_llm_name(name):
             raise InvalidRequest("This is no valid name for a model.", param="name")
         for param, text in (("type", said.type), ("model", said.model)):
-            if len(text.encode()) > config.max_message_bytes:
-                raise InvalidRequest(f"This text is longer than {config.max_message_bytes} bytes.", param=param)
+            if len(text.encode()) > config.max_text_bytes:
+                raise InvalidRequest(f"This text is longer than {config.max_text_bytes} bytes.", param=param)
         if not said.model:
             raise InvalidRequest("The upstream's own id of the model is required.", param="model")
         _check_url(said.url)
@@ -266,9 +268,10 @@ def add_admin_routes(routes: Routes, broker: Broker) -> None:
     )
     async def create_key(call: Call, said: NewKey) -> Answer:
         """Make a key."""
-        if broker.is_open and said.role != "admin":
+        lasts = said.expires_in_s is None or said.expires_in_s >= _LASTING_S
+        if broker.is_open and not (said.role == "admin" and lasts):
             raise Forbidden(
-                "With this key the broker is open no more. Make one of role admin first, to operate it with."
+                "With this key the broker is open no more. Make one of role admin first that lasts, to operate it with."
             )
         made = await broker.create_key(
             said.role,
@@ -285,9 +288,10 @@ def add_admin_routes(routes: Routes, broker: Broker) -> None:
     @routes.add("DELETE", "/admin/v1/keys/<key_id>", role="admin", answer=None, errors=(NotFound, StoreUnavailable))
     async def revoke_key(call: Call, key_id: str) -> Answer:
         """Revoke a key."""
-        others = [view for view in broker.key_views() if view.key.key_id != key_id]
-        if not any(view.key.role == "admin" and not view.expired for view in others) and not broker.is_open:
-            raise Forbidden("This is the last key of role admin. Make another one first, and use that.")
+        until = broker.now() + _LASTING_S
+        others = [view.key for view in broker.key_views() if view.key.key_id != key_id and view.key.role == "admin"]
+        if not broker.is_open and not any(key.expires_at is None or key.expires_at >= until for key in others):
+            raise Forbidden("This is the last key of role admin that lasts. Make another one first, and use that.")
         await broker.revoke_key(key_id)
         return no_content()
 

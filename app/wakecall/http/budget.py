@@ -6,6 +6,8 @@ from ..errors import QueueFull
 
 __all__ = ["BodyBudget"]
 
+_SHARE_OF_OTHERS = 8
+
 
 class BodyBudget:
     """All bodies that are held at once, in bytes, over all requests of a server.
@@ -18,13 +20,19 @@ class BodyBudget:
         self.total_bytes = total_bytes
         self.held_bytes = 0
 
-    def take(self, count: int) -> None:
+    def take(self, count: int, *, for_client: bool = False) -> None:
         """Account for `count` bytes more.
+
+        Args:
+            count: bytes.
+            for_client: whether an inference client's. The last eighth is not theirs: publishers must be able to heartbeat,
+                and operators to revoke, whatever clients send.
 
         Raises:
             QueueFull: they would not fit; nothing was taken.
         """
-        if self.held_bytes + count > self.total_bytes:
+        room = self.total_bytes - (self.total_bytes // _SHARE_OF_OTHERS if for_client else 0)
+        if self.held_bytes + count > room:
             raise QueueFull("The broker holds as many request bodies as it may.")
         self.held_bytes += count
 

@@ -111,9 +111,9 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
 
     async def relay(call: Call) -> Answer:
         """Have an engine answer."""
-        refuse_encoded(call)
         path = call.request.path
         with _claim(broker, call) as claim:
+            refuse_encoded(call)
             body = await call.exchange.read_body(config.max_body_bytes)
             headers = call.request.headers
             content_type = _short(headers.get("content-type"), "Content-Type") or "application/json"

@@ -203,7 +203,7 @@ class Exchange:
             while (piece := await self._next_piece(self._settings.body_stall_s, due)) is not None:
                 if self._held_bytes + len(piece) > max_bytes:
                     raise RequestTooLarge(f"The body is larger than {max_bytes} bytes.")
-                self._budget.take(len(piece))
+                self._budget.take(len(piece), for_client=self._path.startswith("/v1/"))
                 self._held_bytes += len(piece)
                 body += piece
         except Exception:

@@ -311,8 +311,8 @@ def _spec(llm: OfferedLLM, where: str, config: BrokerConfig) -> LLMSpec:
 
 def _bounded(text: str | None, param: str, config: BrokerConfig) -> str | None:
     """Free text that is kept. Raises InvalidRequest: there is too much of it."""
-    if text is not None and len(text.encode()) > config.max_message_bytes:
-        raise InvalidRequest(f"This text is longer than {config.max_message_bytes} bytes.", param=param)
+    if text is not None and len(text.encode()) > config.max_text_bytes:
+        raise InvalidRequest(f"This text is longer than {config.max_text_bytes} bytes.", param=param)
     return text
 
 
