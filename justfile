@@ -20,14 +20,14 @@ test *args:
 
 # Search for an order of events that the broker takes otherwise than its model, in so many fresh examples.
 machine examples="5000":
-    WAKECALL_MACHINE_EXAMPLES={{ examples }} pytest -q tests/broker/test_machine.py
+    WAKECALL_MACHINE_EXAMPLES={{ examples }} pytest -q -n 0 tests/broker/test_machine.py
 
 # Lint, format, types and the layers.
 check:
     ruff check .
     ruff format --check .
     mypy --strict
-    pytest -q tests/unit/test_layers.py
+    pytest -q -n 0 tests/unit/test_layers.py
 
 # Measure, and write the numbers.
 bench *args:
@@ -39,7 +39,7 @@ soak minutes="10" *args:
 
 # The documentation's links, commands and code blocks.
 docs *args:
-    pytest -q tests/docs {{ args }}
+    pytest -q -n 0 tests/docs {{ args }}
 
 # Fuzz the edges for so long, all targets or those named: `just fuzz 600 client_json http_bytes`.
 fuzz seconds *targets:
