@@ -64,6 +64,22 @@ async def test_one_too_many_is_told_so_while_all_others_are_busy() -> None:
             assert (await server.ask("GET", "/")).status == 200
 
 
+async def test_of_a_flood_only_so_many_are_told_why_they_end() -> None:
+    """Words take a moment each, and a descriptor for so long: the rest is reset, or the room would not be there in time."""
+    settings = BarrierSettings(max_connections=2, max_turned_away=1)
+    async with open_server(http_app(Waiting()), settings) as server:
+        async with server.connect() as told, server.connect() as reset:
+            for wire in (told, reset):
+                await wire.send(b"GET / HTTP/1.1\r\nhost: x\r\n")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert server.barrier.make_room()
+            assert server.barrier.make_room()
+            assert_turned_away(await told.read_answer())
+            assert await reset.read_to_end() == b""
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert server.barrier.turned_away == 0
+
+
 async def test_who_has_been_idle_for_the_longest_makes_room() -> None:
     """Connections that say nothing cannot keep others out; the one that ends hears no error, for it asked nothing."""
     waiting = Waiting()

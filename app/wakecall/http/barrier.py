@@ -220,10 +220,12 @@ class Connection(TCPServer):
 
     def make_way(self) -> None:
         """End the connection, which has no request under way, in favour of a new one."""
-        self._makes_way = True
-        if self._is_greeted:
+        if self._is_greeted and self._barrier.turned_away < self._settings.max_turned_away:
+            self._makes_way = True
+            self._barrier.turned_away += 1
             self._patience.cancel()
         else:
+            # Words take a moment, and a descriptor for so long: of a flood only so many are told.
             self._peer.abort()
 
     async def send_continue(self) -> None:
@@ -309,6 +311,8 @@ class Connection(TCPServer):
             self._barrier.connections.discard(self)
             self._barrier.idle.pop(self, None)
             self._barrier.leaving.pop(self, None)
+            if self._makes_way:
+                self._barrier.turned_away -= 1
             self._peer.socket.close()
 
     async def _shake_hands(self, certificates: Certificates) -> bool:
