@@ -714,7 +714,7 @@ class Model:
     def _where(self) -> object:
         """All in it that what is due in one instant can change."""
         frames = [
-            (c.key, c.state, tuple(f for f in c.frames if name in f))
+            (c.key, c.state, c.reason, tuple(f for f in c.frames if name in f))
             for c in self.channels.values()
             for name in self.rows
         ]
