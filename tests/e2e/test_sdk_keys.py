@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from tests.e2e.scripted_engine import ScriptedEngine, open_scripted_engine
-from tests.e2e.stack import BrokerProcess, open_broker_process, open_publisher_process, run_to_end, within
+from tests.e2e.stack import BrokerProcess, Running, open_broker_process, open_publisher_process, run_to_end, within
 
 QUESTION = [{"role": "user", "content": "How is a machine called that nobody can call?"}]
 CHAT = {
@@ -44,6 +44,8 @@ class Stage:
     engine: ScriptedEngine
     state: Path
     admin: str
+    publisher: Running
+    secrets: tuple[str, ...]
 
     async def make(self, role: str, *options: str) -> str:
         """A key, as an operator makes it."""
@@ -67,15 +69,16 @@ async def make_key(role: str, *options: str, state: Path, **settings: object) ->
 
 
 @asynccontextmanager
-async def open_keyed_stage(tmp_path: Path) -> AsyncIterator[Stage]:
+async def open_keyed_stage(tmp_path: Path, **settings: object) -> AsyncIterator[Stage]:
+    """Broker and agent with these settings, given as `WAKECALL_*`."""
     db = tmp_path / "w.db"
     admin = await make_key("admin", state=tmp_path, db=db)
     publisher = await make_key("publisher", state=tmp_path, db=db)
-    async with open_broker_process(db) as broker, open_scripted_engine("m", "hidden") as engine:
+    async with open_broker_process(db, **settings) as broker, open_scripted_engine("m", "hidden") as engine:
         broker.http.headers["authorization"] = f"Bearer {admin}"
-        async with open_publisher_process(tmp_path, broker.url, engine.base_url, key=publisher):
+        async with open_publisher_process(tmp_path, broker.url, engine.base_url, key=publisher, **settings) as agent:
             await broker.wait_llm("m", routable=True)
-            yield Stage(broker, engine, tmp_path, admin)
+            yield Stage(broker, engine, tmp_path, admin, agent, (admin, publisher))
 
 
 def openai_sdk(stage: Stage, key: str) -> openai.AsyncOpenAI:
