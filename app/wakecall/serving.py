@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import trio
 
 from .broker import Broker
+from .faults import stacks_of
 from .http import create_app
 from .http.barrier import BarrierSettings
 from .http.capacity import measure_capacity
@@ -203,6 +204,9 @@ async def _reload_when_asked(reload: Reload, certificates: Certificates) -> None
             await trio.to_thread.run_sync(certificates.reload)
         except BadCertificate as error:
             logger.error("%s; the certificate that was read before stays", error)
+        except Exception as error:
+            # A signal must not end the server: what it has works.
+            logger.error("the certificate that was read before stays, for reading failed with %s", stacks_of(error))
         else:
             logger.info("the certificate in %s was read again", certificates.certfile)
 

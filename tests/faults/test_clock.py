@@ -74,10 +74,10 @@ async def live_through_a_leap(folder: Path, machine: Machine, leap: int) -> None
         assert (await silent.register("old")).status == 200
         await broker.wait_llm("old", status="inactive")
 
+        registered_at = time.monotonic()
         assert (await silent.register("old", "stale")).status == 200
         shown = await broker.llm("stale")
         machine.leap(leap)
-        registered_at = time.monotonic()
         assert abs(await wall_clock_error(broker) - leap) < 60
         swept = await broker.ask("POST", "/admin/v1/sweep")
         assert swept.json == {"inactivated": [], "deleted": []}
@@ -85,7 +85,7 @@ async def live_through_a_leap(folder: Path, machine: Machine, leap: int) -> None
         await live.go_on()
 
         inactive = await broker.wait_llm("stale", status="inactive")
-        assert 1.5 < time.monotonic() - registered_at < 10
+        assert 1.5 < time.monotonic() - registered_at < 15
         assert 1.9 <= seconds_between(shown["last_heartbeat_at"], inactive["inactive_since"]) < 10
         since = time.monotonic()
         while await broker.llm("stale"):

@@ -67,7 +67,7 @@ async def test_a_publisher_that_reads_no_frames_loses_its_channel(reads_again: b
                 else:
                     await wait_ended(served, connection)
                     assert await end_of(channel) == "rst"
-                assert STALL_S * 0.9 < trio.current_time() - start < STALL_S * 4
+                assert STALL_S * 0.9 < trio.current_time() - start < 12
                 assert (got.status, got.code, got.headers["x-should-retry"]) == (503, "publisher_disconnected", "false")
             codes = {infer.error.code for infer in infers if infer.error is not None}
             assert codes == {"publisher_disconnected", "model_offline"}
@@ -96,7 +96,7 @@ async def test_a_publisher_that_fetches_a_body_and_does_not_read_it_is_reset() -
                     start = trio.current_time()
                     await s.beat()
                     await wait_ended(served, connection_to(served, target))
-                assert STALL_S * 0.9 < trio.current_time() - start < STALL_S * 4
+                assert STALL_S * 0.9 < trio.current_time() - start < 12
                 assert await end_of(wire) == "rst"
             assert (await publisher.answer(frame, b'{"all": "the same"}')).status == 200
             await client.read_head()

@@ -106,6 +106,17 @@ async def test_a_page_reads_what_is_refused_before_the_app_sees_it() -> None:
         assert cors_of(await served.ask("GET", "/admin/v1/llms", "upgrade: websocket", FROM_PAGE)) == {}
 
 
+@pytest.mark.parametrize("path", ["/%76%31/models", "/v1%2fmodels", "{origin}/v1/models", "{origin}/%76%31/models"])
+async def test_what_is_for_pages_is_so_in_every_spelling(path: str) -> None:
+    """Of what is refused before the app sees it, too: both look at the path as it is routed."""
+    async with open_for(PAGE) as served:
+        path = path.format(origin=f"http://127.0.0.1:{served.server.port}")
+        check_readable(await served.ask("GET", path, FROM_PAGE))
+        refused = await served.ask("GET", path, "upgrade: websocket", FROM_PAGE)
+        assert refused.status == 400
+        check_readable(refused)
+
+
 @pytest.mark.parametrize("loopback_only", [True, False])
 async def test_a_page_that_is_not_admitted_is_told_nothing(loopback_only: bool) -> None:
     """So its browser keeps the answer from it. What it answers is no other's either: `Vary` is there."""

@@ -95,7 +95,7 @@ async def test_a_client_that_reads_nothing_is_cut() -> None:
                     nursery.start_soon(send)
                     assert (await publisher.next("cancel")).task_id == frame.task_id
                     nursery.cancel_scope.cancel()
-            assert STALL_S * 0.9 < trio.current_time() - start < STALL_S * 4
+            assert STALL_S * 0.9 < trio.current_time() - start < 12
         await wait_until(lambda: bool(settled))
         assert [each.outcome for each in settled] == ["cancelled"]
 
@@ -126,6 +126,6 @@ async def test_a_publisher_that_takes_no_frames_loses_its_channel() -> None:
             infers = await burst(served, channel)
             start = trio.current_time()
             await wait_until(lambda: served.broker.statistics().channels == 0)
-            assert STALL_S * 0.9 < trio.current_time() - start < STALL_S * 4
+            assert STALL_S * 0.9 < trio.current_time() - start < 12
             assert {infer.error.code for infer in infers if infer.error} <= {"publisher_disconnected", "model_offline"}
             assert all(infer.is_over for infer in infers)

@@ -158,7 +158,8 @@ async def test_clients_leave_room_for_publishers() -> None:
             # Told on a connection that is then closed, and does not take the others' room while it is.
             wire = await stack.enter_async_context(server.connect())
             assert_turned_away(await wire.ask("POST", "/v1/chat/completions", body=b"{}"))
-        assert_turned_away(await server.ask("GET", "http://x/v1/models"))
+        for spelling in ("http://x/v1/models", "/%76%31/chat/completions", "/v1%2Fmodels", "http://x/%761/models"):
+            assert_turned_away(await server.ask("GET", spelling))
         for path in ("/publisher/v1/tasks/x/result", "/healthz"):
             assert (await server.ask("POST", path)).status == 200
         waiting.release.set()

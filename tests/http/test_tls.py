@@ -18,6 +18,7 @@ from tests.certificates import Authority
 from tests.http.served import SSE, open_served, wait_until
 from tests.http.test_barrier import H2_GET, MIB, Pouring, answer, early, h2_bytes, hello, leap, start_stream
 from tests.http.wire import Server, TlsWire, http_app, open_server, request_bytes, send_until_stuck
+from wakecall.http import tls
 from wakecall.http.barrier import BarrierSettings
 from wakecall.http.tls import BadCertificate, Certificates
 
@@ -439,6 +440,25 @@ def test_a_pair_that_cannot_be_used_is_told_by_file(
     with pytest.raises(BadCertificate) as raised:
         Certificates(certfile, keyfile)
     assert str(raised.value).startswith(said.format(cert=certfile, key=keyfile))
+
+
+@pytest.mark.parametrize("gone", ["certificate", "key"])
+def test_a_file_that_goes_while_it_is_read_is_told(
+    gone: str, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As whoever renews it may have it: there when we looked, and not when OpenSSL did."""
+    certificates = authority.certificates()
+    before = certificates.context
+    path = certificates.certfile if gone == "certificate" else certificates.keyfile
+
+    def check_and_lose(what: str, checked: str) -> None:
+        if checked == path:
+            Path(checked).unlink()
+
+    monkeypatch.setattr(tls, "_check_readable", check_and_lose)
+    with pytest.raises(BadCertificate, match=r"cannot be read: No such file"):
+        certificates.reload()
+    assert certificates.context is before
 
 
 @pytest.mark.parametrize("kind", ["same", "other"])

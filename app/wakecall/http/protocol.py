@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import unquote
 
 import h11
 import trio
@@ -105,6 +106,11 @@ def _origin_form(request: h11.Request) -> tuple[bytes, Headers]:
     headers = [(b"host", absolute[1]), *(pair for pair in headers if pair[0] != b"host")]
     path = absolute[2].partition(b"#")[0]
     return path if path.startswith(b"/") else b"/" + path, headers
+
+
+def _path_of(target: bytes) -> str:
+    """The path as the app will see it: what is decided by it here must not be another by another spelling."""
+    return unquote(target.partition(b"?")[0].decode("ascii"))
 
 
 class Inbox:
@@ -329,7 +335,7 @@ class Http11(H11Protocol):
                 joined = 0
             if objection is not None:
                 if not self._path and (target := _TARGET.match(self._head)):
-                    self._path = target[1].decode("ascii")
+                    self._path = _path_of(target[1])
                 await self.refuse(_as_error(objection))
                 return
             if isinstance(event, h11.Request):
@@ -347,15 +353,14 @@ class Http11(H11Protocol):
         self._head = b""
         self.request_id = pick_request_id(request.headers)
         self._method = request.method
-        self._path = request.target.partition(b"?")[0].decode("ascii")
+        target, headers = _origin_form(request)
+        self._path = _path_of(target)
         if self._cors is not None:
             self._marks = self._cors.marks(self._path, request.headers)
         objection = objection_to(request, self._max_header_bytes, self._max_headers)
         if objection is not None:
             await self.refuse(objection)
             return
-        target, headers = _origin_form(request)
-        self._path = target.partition(b"?")[0].decode("ascii")
         objection = self._objection_to(self._path)
         if objection is not None:
             await self.refuse(objection)

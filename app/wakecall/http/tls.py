@@ -64,6 +64,9 @@ def _make_context(certfile: str, keyfile: str) -> ssl.SSLContext:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(certfile)
     except ssl.SSLError as error:
         raise BadCertificate(f"{certfile} holds no certificate in PEM form") from error
+    except OSError as error:
+        # Whoever renews it may have taken it away since we looked.
+        raise BadCertificate(f"the certificate {certfile} cannot be read: {error.strerror or error}") from error
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(_CIPHERS_OF_1_2)
