@@ -53,7 +53,7 @@ async def live_through_a_leap(folder: Path, machine: Machine, leap: int) -> None
     # Far less than the leap, so that whoever counted by the wall clock would delete at once, or not within the hour.
     settings = {
         "heartbeat_interval_s": 0.5,
-        "heartbeat_timeout_s": 2,
+        "heartbeat_timeout_s": 4,
         "inactive_retention_s": 2,
         "sweep_interval_s": 0.1,
     }
@@ -85,12 +85,11 @@ async def live_through_a_leap(folder: Path, machine: Machine, leap: int) -> None
         await live.go_on()
 
         inactive = await broker.wait_llm("stale", status="inactive")
-        assert 1.5 < time.monotonic() - registered_at < 15
-        assert 1.9 <= seconds_between(shown["last_heartbeat_at"], inactive["inactive_since"]) < 10
-        since = time.monotonic()
+        assert 3.5 < time.monotonic() - registered_at < 20
+        assert 3.9 <= seconds_between(shown["last_heartbeat_at"], inactive["inactive_since"]) < 20
         while await broker.llm("stale"):
             await trio.sleep(POLL_S)
-        assert 1.5 < time.monotonic() - since < 10
+        assert 5.5 < time.monotonic() - registered_at < 30
 
         row = await broker.llm("live")
         assert (row["status"], row["routable"]) == ("active", True)

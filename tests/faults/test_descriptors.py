@@ -94,8 +94,10 @@ async def test_more_clients_than_connections_are_told_so_and_the_others_served(t
         async def ask(task_status: trio.TaskStatus[None]) -> None:
             try:
                 async with broker.connect() as wire:
-                    await wire.send(chat_request(broker, "slow"))
-                    task_status.started()
+                    try:
+                        await wire.send(chat_request(broker, "slow"))
+                    finally:
+                        task_status.started()
                     answer = await wire.read_answer("POST")
             except trio.BrokenResourceError:
                 outcomes["reset"] += 1
