@@ -654,3 +654,18 @@ async def test_a_head_that_trickles_in_is_given_up(mock_clock: trio.testing.Mock
             timeout = await wire.read_answer()
             assert (timeout.status, timeout.code) == (408, "request_timeout")
             assert await wire.read_to_end() == b""
+
+
+async def test_an_app_that_is_cancelled_while_its_head_is_written_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    """The head is out and the server does not know it: it must send no second one, nor the end of one."""
+
+    @http_app
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with trio.CancelScope() as scope_of_head:
+            scope_of_head.cancel()
+            await start_stream(send)
+
+    async with open_server(app) as server:
+        answer = await server.ask("GET", "/")
+        assert (answer.status, answer.body, answer.is_cut) == (200, b"", True)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

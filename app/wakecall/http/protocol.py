@@ -222,6 +222,7 @@ class Http11(H11Protocol):
         self._cors = cors
         self._marks: Headers = []
         self._corked = b""
+        self._is_mute = False
         self._method = b""
         self._path = ""
         self._head = b""
@@ -262,7 +263,13 @@ class Http11(H11Protocol):
         A head with a Content-Length waits for the first of the body: one write, one packet. Any other head leaves at
         once, for its body may take its time.
         """
-        if isinstance(event, Response):
+        if isinstance(event, Response) and self.connection.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
+            # Hypercorn's own 500: the app was cancelled while its head was being written. That head is out, so nothing more
+            # may be: the end of a second answer would pass for the end of the first.
+            self._is_mute = True
+        elif self._is_mute and not isinstance(event, StreamClosed):
+            return
+        elif isinstance(event, Response):
             headers = [*event.headers, *self.config.response_headers("h11")]
             if (
                 self.is_uploading
