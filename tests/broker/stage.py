@@ -105,7 +105,7 @@ class Stage:
         error = None
         try:
             trio.run(self._main, clock=self._clock)
-        except BaseException as raised:
+        except BaseException as raised:  # Trio's thread ends here: whatever ended it is raised in the one that waits
             error = raised
         self._over = True
         self._answers.put((None, error))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import os
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator
@@ -14,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import pytest
 import trio
 
 from tests.certificates import Authority
 from tests.docs.pages import DOCS, read
 from tests.http.wire import TlsWire
+from tests.programs import program
 
 #: What the pages write where a real site has something else.
 _BROKER = "127.0.0.1:8080"
@@ -45,16 +44,6 @@ class Proxy:
             stream = trio.SSLStream(tcp, self.authority.trust, server_hostname="localhost", https_compatible=True)
             await stream.do_handshake()
             yield TlsWire(stream)
-
-
-def program(name: str) -> str:
-    """The path of a proxy's program. It has to be there where everything is tested."""
-    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if found is None and os.environ.get("CI"):
-        pytest.fail(f"{name} is not installed; .ci/run does it")
-    if found is None:
-        pytest.skip(f"{name} is not installed: apt-get install {name}")
-    return found
 
 
 def blocks_of(page: str, language: str) -> list[str]:
@@ -144,7 +133,7 @@ async def run_nginx(
     config.write_text("\n".join(lines))
     # A listening socket that it inherits, as from its own predecessor at an upgrade: its port is nobody else's, and whoever
     # connects before it is up waits in the queue.
-    command = [program("nginx"), "-p", str(directory), "-e", "stderr", "-c", str(config)]
+    command = [program("nginx", "nginx"), "-p", str(directory), "-e", "stderr", "-c", str(config)]
     os.set_inheritable(listening.fileno(), True)
     env = {**os.environ, "NGINX": f"{listening.fileno()};"}
     async with _running(command, directory / "nginx.log", pass_fds=[listening.fileno()], env=env):
@@ -169,7 +158,7 @@ async def run_caddy(broker_url: str, directory: Path, authority: Authority) -> A
     # It is to ask nobody for a certificate: nothing here leaves this machine.
     config.write_text(f"{{\n    admin off\n    auto_https off\n}}\n{site}")
     env = {**os.environ, "HOME": str(directory), "XDG_DATA_HOME": str(directory), "XDG_CONFIG_HOME": str(directory)}
-    command = [program("caddy"), "run", "--config", str(config), "--adapter", "caddyfile"]
+    command = [program("caddy", "caddy"), "run", "--config", str(config), "--adapter", "caddyfile"]
     async with _running(command, directory / "caddy.log", env=env) as process:
         proxy = Proxy(f"https://localhost:{port}", authority)
         while process.poll() is None:

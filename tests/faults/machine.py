@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.programs import program
+
 
 class Machine:
     """What is wrong with it just now; all is well at first. Processes that get its `variables` run on it.
@@ -43,5 +45,6 @@ def compile_shim(folder: Path) -> Path:
     """The library of `shim.c`."""
     library = folder / "shim.so"
     source = Path(__file__).with_name("shim.c")
-    subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    compiler = program("cc", "gcc libc6-dev")
+    subprocess.run([compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     return library
