@@ -35,7 +35,8 @@ LAYERS = {
     "store": Layer("store store.*", "pure", "trio"),
     # Trio, but neither HTTP nor SQL nor a socket.
     "broker": Layer(
-        "broker session wake task channel directory dispatch journal local registry access keyring upload views"
+        "broker core publishing operating session wake task channel directory dispatch journal local registry access"
+        " keyring upload views"
         " bytestream deadlines",
         "pure store",
         "trio",

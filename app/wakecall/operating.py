@@ -1,0 +1,162 @@
+"""What operators call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from . import views
+from .core import Core
+from .errors import NotFound, SessionNotFound
+from .models import KeyView, LLMView, NewKey, Role, SessionView, SweepReport, TaskView
+
+__all__ = ["Operating"]
+
+
+class Operating(Core):
+    """Keys, rows, sessions and owners, as operators see and change them."""
+
+    # Keys -----------------------------------------------------------------------------------------------------------
+
+    def key_views(self) -> list[KeyView]:
+        """All keys, oldest first, expired ones too. The keys themselves nobody has but their holders."""
+        return self._access.view()
+
+    async def create_key(
+        self,
+        role: Role,
+        *,
+        name: str = "",
+        owner: str | None = None,
+        llms: Sequence[str] | None = None,
+        rpm: int | None = None,
+        max_in_flight: int | None = None,
+        expires_in_s: float | None = None,
+    ) -> NewKey:
+        """Make a key. With the first one the broker is no longer open.
+
+        Args:
+            role: `client`, `publisher` or `admin`.
+            name: for people.
+            owner: whose sessions, names and tasks its holder's are; None: the key's own id.
+            llms: patterns of the names that a client may use or a publisher may register (`*`: any characters); None: all.
+            rpm: a client's requests a minute; None: no bound.
+            max_in_flight: a client's requests at a time; None: no bound.
+            expires_in_s: seconds that it lives; None: until it is revoked.
+
+        Raises:
+            InvalidRequest, TooMany: what is asked cannot be.
+            StoreUnavailable: there is no such key, for it could not be kept.
+            NotFound: somebody revoked it before it was made.
+        """
+        made = self._access.create_nowait(role, name, owner, llms, rpm, max_in_flight, expires_in_s)
+        kept = False
+        try:
+            await self._journal.commit().wait()
+            kept = True
+        finally:
+            if not kept:
+                # Whoever asked does not get it, be it for the store or because he left, so nobody shall have it.
+                with suppress(NotFound):
+                    self._access.revoke_nowait(made.key.key_id)
+        if made.key.key_id not in self._directory.keyring.callers:
+            raise NotFound("The key was revoked before it was made.")
+        self._access.require_keys_nowait()
+        return made
+
+    async def revoke_key(self, key_id: str) -> None:
+        """Delete a key: the next request with it is refused, and a publisher's sessions and channels end now.
+
+        Infers that a client's key has under way go on.
+
+        Raises:
+            NotFound: there is none.
+            StoreUnavailable: it is revoked, but that is not committed yet.
+        """
+        self._access.revoke_nowait(key_id)
+        await self._journal.commit().wait()
+
+    # Rows and sessions ----------------------------------------------------------------------------------------------
+
+    def llm_views(self) -> list[LLMView]:
+        """All rows by name, at work."""
+        rows = self._directory.rows
+        return [views.view_llm(rows[name]) for name in sorted(rows)]
+
+    def llm_view(self, name: str) -> LLMView:
+        """One row, at work. Raises ModelNotFound."""
+        return views.view_llm(self._find_row(name))
+
+    def session_views(self) -> list[SessionView]:
+        """All sessions by id."""
+        sessions = self._directory.sessions
+        return [views.view_session(sessions[session_id]) for session_id in sorted(sessions)]
+
+    def task_views(self) -> list[TaskView]:
+        """All infers and wakes under way: those sent, then those that wait, oldest first."""
+        return views.view_tasks(self._directory)
+
+    async def put_public_llm(
+        self, name: str, *, type: str, model: str, url: str, key_env: str | None = None
+    ) -> LLMView:
+        """Make or change an operator's own row, which publishers cannot touch and no sweep does.
+
+        Raises:
+            InvalidRequest: that is no name.
+            LLMIsVirtual: a publisher has it.
+            StoreUnavailable: it is there, but not committed yet.
+        """
+        self._registry.put_public_nowait(name, type, model, url, key_env)
+        await self._journal.commit().wait()
+        return self.llm_view(name)
+
+    async def delete_llm(self, name: str) -> None:
+        """Delete a row of any kind; its infers fail. Raises ModelNotFound, StoreUnavailable."""
+        self._registry.delete_llm_nowait(name)
+        await self._journal.commit().wait()
+
+    async def hand_over_session(self, session_id: str, owner: str) -> SessionView:
+        """Make a session, with its rows, another owner's. Its channel ends: whoever holds it is not the new owner.
+
+        Raises:
+            SessionNotFound: there is none.
+            InvalidRequest, TooMany: that is no owner, or one who has as much as he may.
+            StoreUnavailable: it is done, but not committed yet.
+        """
+        self._access.hand_over_session_nowait(session_id, owner)
+        await self._journal.commit().wait()
+        session = self._directory.sessions.get(session_id)
+        if session is None:
+            raise SessionNotFound  # it went while this was committed
+        return views.view_session(session)
+
+    async def hand_over_llm(self, name: str, owner: str) -> LLMView:
+        """Make a row another owner's. A virtual one is withdrawn from its session; its new owner's next register adopts it.
+
+        Raises:
+            ModelNotFound: there is none.
+            InvalidRequest, TooMany: that is no owner, or one who has as much as he may.
+            StoreUnavailable: it is done, but not committed yet.
+        """
+        self._access.hand_over_llm_nowait(name, owner)
+        await self._journal.commit().wait()
+        return self.llm_view(name)
+
+    async def evict(self, session_id: str) -> None:
+        """End a session as goodbye does, but its publisher is told not to come back. Raises SessionNotFound."""
+        session = self._directory.sessions.get(session_id)
+        if session is None:
+            raise SessionNotFound
+        self._registry.remove_session_nowait(session, "evicted")
+        await self._journal.commit().wait()
+
+    async def sweep(self) -> SweepReport:
+        """One pass: rows without a heartbeat go inactive, those inactive for long are deleted. Idempotent.
+
+        Raises:
+            StoreUnavailable: it is done, but not committed yet.
+        """
+        report = self._registry.sweep_nowait()
+        if report.inactivated or report.deleted:
+            await self._journal.commit().wait()
+        return report
