@@ -6,9 +6,8 @@ never sent again.
 
 from __future__ import annotations
 
-import gc
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,10 @@ import pytest
 import trio
 
 from tests.e2e.clients import QUESTION
+from tests.e2e.generators import closing_generators
 from tests.e2e.scripted_engine import EVENT
 from tests.e2e.stack import BrokerProcess, open_broker_process, within
 from tests.e2e.wire_publisher import WireChannel, WirePublisher, open_wire_publisher
-
-# The SDKs drop the generators of a stream that failed; which of the nested ones the collector finds first is its choice,
-# and one that waits for another is then said to be running. `collect` has it done within the test.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <async_generator object")
 
 MESSAGE_START = (
     b'event: message_start\ndata: {"type":"message_start","message":{"id":"x","type":"message","role":"assistant",'
@@ -113,7 +109,7 @@ PLAIN = (
 async def open_call(broker: BrokerProcess, sdk: SDKCall) -> AsyncIterator[Call]:
     """A call under way; what came of it is known after the block."""
     call = Call(sdk)
-    async with trio.open_nursery() as nursery:
+    async with closing_generators(), trio.open_nursery() as nursery:
         nursery.start_soon(call.run, broker.url)
         yield call
 
@@ -147,12 +143,6 @@ class Call:
 def told(error: Exception) -> str:
     """All that an API error says."""
     return f"{error} {getattr(error, 'body', '')} {getattr(error, 'code', '')}"
-
-
-@pytest.fixture(autouse=True)
-def collect() -> Iterator[None]:
-    yield
-    gc.collect()
 
 
 @pytest.fixture
