@@ -47,6 +47,10 @@ class BrokerConfig:
     total_s: float = _seconds(3600.0, "the most that an infer may take in all")
     peer_stall_s: float = _seconds(60.0, "a peer that takes no byte for so long, while bytes wait, is cut")
     grace_s: float = _seconds(2.0, "what is in flight at a shutdown may go on for so long")
+    cancel_lease_s: float = _seconds(
+        10.0, "a slot whose infer was cancelled is free after so long without a confirmation"
+    )
+    residence_s: float = _seconds(30.0, "a row of a swap group stays awake for at least so long")
     waiting_s: float = _seconds(10.0, "a streaming caller hears `: waiting` so often before its first byte")
     settled_memory_s: float = _seconds(300.0, "how long the outcome of a task is remembered for its publisher")
 
@@ -63,8 +67,11 @@ class BrokerConfig:
     max_llms_per_owner: int = _count(20_000, "rows of one owner, withdrawn ones included", "rows")
     max_sessions_per_owner: int = _count(1000, "sessions of one owner", "sessions")
     max_heartbeat_tasks: int = _count(10_000, "task ids in one heartbeat", "ids")
-    max_waiting_per_llm: int = _count(1000, "infers waiting for one row", "infers")
+    max_waiting_per_llm: int = _count(1000, "infers waiting for one row or pool", "infers")
+    max_waiting_per_key: int = _count(2000, "infers of one key waiting", "infers")
     max_waiting: int = _count(10_000, "infers waiting in all", "infers")
+    max_llms_per_pool: int = _count(256, "rows of one pool", "rows")
+    max_aliases: int = _count(1000, "aliases", "aliases")
     max_settled_per_session: int = _count(1000, "outcomes remembered for one session", "outcomes")
     max_keys: int = _count(10_000, "API keys", "keys")
     max_readers_per_reply: int = _count(64, "readers of one answer", "readers")

@@ -1,10 +1,10 @@
 """What has been decided, on its way to the store.
 
 The broker decides in memory and puts the new record here in the same step; one writer commits whatever has gathered
-since its last commit (group commit). Only the last state of each row, session and key is kept, so the journal is bounded by
-what there is and, while the store is down, by a number (`is_overfull`). An acknowledgement waits for the commit that
-carries its step; if that fails it is refused with `StoreUnavailable`, but the step stays, and the writer repeats it until
-it is down.
+since its last commit (group commit). Only the last state of each row, session, key and alias is kept, so the journal is
+bounded by what there is and, while the store is down, by a number (`is_overfull`). An acknowledgement waits for the commit
+that carries its step; if that fails it is refused with `StoreUnavailable`, but the step stays, and the writer repeats it
+until it is down.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import trio
 
 from .errors import StoreUnavailable
 from .faults import stacks_of
-from .models import LLM, Batch, Key, SessionRecord
+from .models import LLM, Alias, Batch, Key, SessionRecord
 from .store.base import Store, StoreError
 
 __all__ = ["Commit", "Journal"]
@@ -65,6 +65,7 @@ class Journal:
         self._llms: dict[str, LLM | None] = {}
         self._sessions: dict[str, SessionRecord | None] = {}
         self._keys: dict[str, Key | None] = {}
+        self._aliases: dict[str, Alias | None] = {}
         self._next: Commit | None = None
         self._work = trio.Event()
         self._writing = trio.Lock()
@@ -85,6 +86,11 @@ class Journal:
     def put_key(self, key_id: str, key: Key | None) -> None:
         """A key is now so; None: it is revoked."""
         self._keys[key_id] = key
+        self._work.set()
+
+    def put_alias(self, name: str, alias: Alias | None) -> None:
+        """An alias is now so; None: it is gone."""
+        self._aliases[name] = alias
         self._work.set()
 
     @property
@@ -126,9 +132,9 @@ class Journal:
     async def _flush(self) -> None:
         """Commit once what has gathered. A failure is kept for the next time."""
         self._work = trio.Event()
-        batch = Batch(self._llms, self._sessions, self._keys)
+        batch = Batch(self._llms, self._sessions, self._keys, self._aliases)
         commit, self._next = self._next, None
-        self._llms, self._sessions, self._keys = {}, {}, {}
+        self._llms, self._sessions, self._keys, self._aliases = {}, {}, {}, {}
         error: StoreError | None = StoreError("the broker closed before the store had answered")
         self._writing_since = trio.current_time()
         try:
@@ -151,6 +157,7 @@ class Journal:
                 self._llms = batch.llms | self._llms
                 self._sessions = batch.sessions | self._sessions
                 self._keys = batch.keys | self._keys
+                self._aliases = batch.aliases | self._aliases
                 self._work.set()
             elif not self._last_went_well:
                 logger.warning("the store is well again")

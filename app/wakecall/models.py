@@ -9,9 +9,12 @@ from typing import Final, Literal
 
 __all__ = [
     "LLM",
+    "Alias",
+    "AliasView",
     "Batch",
     "ChannelEvent",
     "HeartbeatReply",
+    "Hold",
     "InferRequest",
     "InferSettled",
     "Key",
@@ -21,12 +24,15 @@ __all__ = [
     "LLMSpec",
     "LLMView",
     "NewKey",
+    "PoolView",
+    "Priority",
     "Registered",
     "RegisteredLLM",
     "Role",
     "SessionEvent",
     "SessionRecord",
     "SessionView",
+    "SlotReleased",
     "Snapshot",
     "Statistics",
     "Status",
@@ -75,6 +81,12 @@ class Status(StrEnum):
 
 CancelMode = Literal["abort", "drain"]
 
+#: What keeps an operator's row from new infers: `drain` lets what waits for it go on, `pause` sends nothing more.
+Hold = Literal["drain", "pause"]
+
+#: A client's class (`x-wakecall-priority`): batch is served where nothing interactive waits, and now and then before it.
+Priority = Literal["interactive", "batch"]
+
 #: What a key is for (protocol.md): inference, publishing, operating. None of them holds another.
 Role = Literal["client", "publisher", "admin"]
 
@@ -84,7 +96,10 @@ class LLM:
     """One row: a published model, as it is stored.
 
     `remembers` is what an inactive row comes back as when its publisher does; None once it was withdrawn.
-    `inactive_since` is None unless the row is inactive. `url` and `key_env` are a public row's.
+    `inactive_since` is None unless the row is inactive. `url` and `key_env` are a public row's. `pool` is a name that
+    several rows answer to; of the rows of one session that share a `group` only one can be awake. `queue_s` to `total_s` are
+    the row's own budgets; None: the broker's. `hold` is the operator's, `paused` the publisher's: beside the status, and
+    untouched by registers and heartbeats.
     """
 
     name: str
@@ -104,6 +119,25 @@ class LLM:
     pool: str | None = None
     url: str | None = None
     key_env: str | None = None
+    group: str | None = None
+    queue_s: float | None = None
+    first_byte_s: float | None = None
+    idle_s: float | None = None
+    total_s: float | None = None
+    hold: Hold | None = None
+    paused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """An operator's own name for a row or a pool, as it is stored.
+
+    `targets` are names of rows and pools: the first is what it stands for, the others its fallbacks, in order.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    created_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +199,11 @@ class LLMSpec:
     wake_s: float | None = None
     cancel: CancelMode = "abort"
     pool: str | None = None
+    group: str | None = None
+    queue_s: float | None = None
+    first_byte_s: float | None = None
+    idle_s: float | None = None
+    total_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +242,9 @@ class InferRequest:
         stream: whether the client asked for a stream (the body's `stream`): the first-byte deadline rules only then.
         method: the HTTP method.
         request_id: names the call in logs; never sent on.
+        priority: its class.
+        timeout_s: seconds that the caller grants it in all, where that is less than it would have.
+        affinity: what calls that share a beginning have in common, so that they meet the same prefix cache; never sent on.
     """
 
     path: str
@@ -212,6 +254,9 @@ class InferRequest:
     stream: bool = False
     method: str = "POST"
     request_id: str | None = None
+    priority: Priority = "interactive"
+    timeout_s: float | None = None
+    affinity: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,12 +269,37 @@ class SweepReport:
 
 @dataclass(frozen=True, slots=True)
 class LLMView:
-    """A row as an operator sees it."""
+    """A row as an operator sees it.
+
+    `in_flight`: infers that it works on. `stopping`: slots still held by infers that are over, until the publisher confirms
+    that its engine has stopped. `waiting`: for it by name; those that wait for its pool are the pool's. `penalty`: 0 for a
+    row in good health; it is avoided the longer the greater it is.
+    """
 
     llm: LLM
     in_flight: int
     waiting: int
     waking: bool
+    routable: bool
+    stopping: int = 0
+    penalty: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """A pool: its rows' names, and how many infers wait for any of them."""
+
+    name: str
+    owner: str
+    llms: tuple[str, ...]
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class AliasView:
+    """An alias, and whether one of its targets could take an infer."""
+
+    alias: Alias
     routable: bool
 
 
@@ -253,7 +323,11 @@ class KeyView:
 
 @dataclass(frozen=True, slots=True)
 class TaskView:
-    """An infer or a wake under way, as an operator sees it."""
+    """An infer or a wake under way, as an operator sees it.
+
+    `llm` is the row that has it, or what it waits for: a row or a pool. `position` (1: next) and `estimate_s` (seconds until
+    it is sent; None: nothing has been measured) are of those that wait.
+    """
 
     task_id: str
     kind: Literal["infer", "wake"]
@@ -261,6 +335,8 @@ class TaskView:
     session_id: str | None
     state: Literal["waking", "queued", "sent", "answering"]
     age_s: float
+    position: int | None = None
+    estimate_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,11 +364,12 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Changes that are committed together: the last state of each row, session and key, None where it is gone."""
+    """Changes that are committed together: the last state of each row, session, key and alias, None where it is gone."""
 
     llms: dict[str, LLM | None] = field(default_factory=dict)
     sessions: dict[str, SessionRecord | None] = field(default_factory=dict)
     keys: dict[str, Key | None] = field(default_factory=dict)
+    aliases: dict[str, Alias | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +379,7 @@ class Snapshot:
     llms: tuple[LLM, ...] = ()
     sessions: tuple[SessionRecord, ...] = ()
     keys: tuple[Key, ...] = ()
+    aliases: tuple[Alias, ...] = ()
 
 
 # What observers (logs, metrics) are told ----------------------------------------------------------------------------
@@ -342,7 +420,7 @@ class InferSettled:
     """An infer's one outcome. `code` is `completed`, or that of the error; `seconds` since it was accepted.
 
     `first_byte_s` is None where no byte of an answer came; `engine_status` where no head did; `key_id` where none was
-    needed.
+    needed. `llm` is the row that had it last, or else what was asked for; `attempts` how many publishers it was sent to.
     """
 
     task_id: str
@@ -355,6 +433,7 @@ class InferSettled:
     first_byte_s: float | None
     engine_status: int | None
     key_id: str | None = None
+    attempts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,4 +447,19 @@ class WakeSettled:
     waiters: int
 
 
-Event = SessionEvent | ChannelEvent | KeyEvent | InferSettled | WakeSettled
+@dataclass(frozen=True, slots=True)
+class SlotReleased:
+    """The slot of an infer that ended without its publisher is free.
+
+    `how`: the publisher `confirmed` that its engine has stopped, its heartbeat showed it (`reported`), it answered all the
+    same (`finished`), it is gone (`lost`), or none of these came in time (`expired`). `seconds` since the infer's end: how
+    long its engine worked for nobody, as far as that is known.
+    """
+
+    task_id: str
+    llm: str
+    how: Literal["confirmed", "reported", "finished", "lost", "expired"]
+    seconds: float
+
+
+Event = SessionEvent | ChannelEvent | KeyEvent | InferSettled | WakeSettled | SlotReleased

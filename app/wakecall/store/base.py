@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..models import LLM, Batch, Key, Kind, SessionRecord, Snapshot, Status
+from ..models import LLM, Alias, Batch, Key, Kind, SessionRecord, Snapshot, Status
 
 __all__ = ["MemoryStore", "Store", "StoreError", "StoreInUse"]
 
@@ -21,7 +21,7 @@ class Store(Protocol):
     """What the broker needs of a store. Each method raises `StoreError` and nothing else."""
 
     async def load(self) -> Snapshot:
-        """All rows, by name, and all sessions and keys, by id."""
+        """All rows and aliases, by name, and all sessions and keys, by id."""
 
     async def write(self, batch: Batch) -> None:
         """Commit a batch whole; when it returns, the batch outlives the process."""
@@ -46,12 +46,14 @@ class MemoryStore:
         self._llms: dict[str, LLM] = {}
         self._sessions: dict[str, SessionRecord] = {}
         self._keys: dict[str, Key] = {}
+        self._aliases: dict[str, Alias] = {}
 
     async def load(self) -> Snapshot:
         return Snapshot(
             tuple(self._llms[name] for name in sorted(self._llms)),
             tuple(self._sessions[session_id] for session_id in sorted(self._sessions)),
             tuple(self._keys[key_id] for key_id in sorted(self._keys)),
+            tuple(self._aliases[name] for name in sorted(self._aliases)),
         )
 
     async def write(self, batch: Batch) -> None:
@@ -70,6 +72,11 @@ class MemoryStore:
                 self._keys.pop(key_id, None)
             else:
                 self._keys[key_id] = key
+        for name, alias in batch.aliases.items():
+            if alias is None:
+                self._aliases.pop(name, None)
+            else:
+                self._aliases[name] = alias
 
     async def rows_of_session(self, session_id: str) -> tuple[LLM, ...]:
         return tuple(sorted((x for x in self._llms.values() if x.session_id == session_id), key=lambda x: x.name))

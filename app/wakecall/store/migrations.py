@@ -88,6 +88,23 @@ def _keys_table(db: Database) -> None:
     )
 
 
+@MIGRATIONS(name="0003_traffic")
+def _traffic(db: Database) -> None:
+    # `group` is a word of SQL's, hence the quotes. `targets` is a JSON list of names.
+    for column in ('"group" TEXT', "queue_s REAL", "first_byte_s REAL", "idle_s REAL", "total_s REAL", "hold TEXT"):
+        db.execute(f"ALTER TABLE llms ADD COLUMN {column}")
+    db.execute("ALTER TABLE llms ADD COLUMN paused INTEGER NOT NULL DEFAULT 0")
+    db.execute(
+        """
+        CREATE TABLE aliases (
+            name TEXT NOT NULL PRIMARY KEY,
+            targets TEXT NOT NULL,
+            created_at REAL NOT NULL
+        ) WITHOUT ROWID
+        """
+    )
+
+
 # All of them are still to be applied to an empty database.
 with closing(Database(sqlite3.connect(":memory:"), execute_plugins=False)) as _empty:
     KNOWN: Final = frozenset(each.name for each in MIGRATIONS.pending(_empty))

@@ -34,7 +34,7 @@ import trio
 from sqlite_utils import Database
 
 from ..keys import ROLES
-from ..models import LLM, Batch, Key, Kind, SessionRecord, Snapshot, Status
+from ..models import LLM, Alias, Batch, Key, Kind, SessionRecord, Snapshot, Status
 from .base import StoreError, StoreInUse
 from .files import MAGIC, OpenFiles
 from .migrations import KNOWN, MIGRATIONS
@@ -53,28 +53,36 @@ _TROUBLE: Final = (sqlite3.Error, OSError, OverflowError, ValueError)
 _LLM_COLUMNS: Final = tuple(each.name for each in fields(LLM))
 _SESSION_COLUMNS: Final = tuple(each.name for each in fields(SessionRecord))
 _KEY_COLUMNS: Final = tuple(each.name for each in fields(Key))
+_ALIAS_COLUMNS: Final = tuple(each.name for each in fields(Alias))
+
+
+def _quoted(columns: tuple[str, ...]) -> str:
+    return ", ".join(f'"{name}"' for name in columns)
 
 
 def _upsert(table: str, columns: tuple[str, ...]) -> str:
     """An upsert by the first column. It updates in place: REPLACE would take the row out of every index and back."""
     key, *rest = columns
-    sets = ", ".join(f"{name} = excluded.{name}" for name in rest)
+    sets = ", ".join(f'"{name}" = excluded."{name}"' for name in rest)
     marks = ", ".join("?" for _ in columns)
-    names = ", ".join(columns)
+    names = _quoted(columns)
     return f"INSERT INTO {table} ({names}) VALUES ({marks}) ON CONFLICT ({key}) DO UPDATE SET {sets}"  # noqa: S608
 
 
 _PUT_LLM: Final = _upsert("llms", _LLM_COLUMNS)
 _PUT_SESSION: Final = _upsert("sessions", _SESSION_COLUMNS)
 _PUT_KEY: Final = _upsert("keys", _KEY_COLUMNS)
+_PUT_ALIAS: Final = _upsert("aliases", _ALIAS_COLUMNS)
 _DROP_LLM: Final = "DELETE FROM llms WHERE name = ?"
 _DROP_SESSION: Final = "DELETE FROM sessions WHERE session_id = ?"
 _DROP_KEY: Final = "DELETE FROM keys WHERE key_id = ?"
+_DROP_ALIAS: Final = "DELETE FROM aliases WHERE name = ?"
 
-_SELECT_LLMS: Final = f"SELECT {', '.join(_LLM_COLUMNS)} FROM llms"  # noqa: S608
+_SELECT_LLMS: Final = f"SELECT {_quoted(_LLM_COLUMNS)} FROM llms"  # noqa: S608
 _LOAD_LLMS: Final = f"{_SELECT_LLMS} ORDER BY name"
-_LOAD_SESSIONS: Final = f"SELECT {', '.join(_SESSION_COLUMNS)} FROM sessions ORDER BY session_id"  # noqa: S608
-_LOAD_KEYS: Final = f"SELECT {', '.join(_KEY_COLUMNS)} FROM keys ORDER BY key_id"  # noqa: S608
+_LOAD_SESSIONS: Final = f"SELECT {_quoted(_SESSION_COLUMNS)} FROM sessions ORDER BY session_id"  # noqa: S608
+_LOAD_KEYS: Final = f"SELECT {_quoted(_KEY_COLUMNS)} FROM keys ORDER BY key_id"  # noqa: S608
+_LOAD_ALIASES: Final = f"SELECT {_quoted(_ALIAS_COLUMNS)} FROM aliases ORDER BY name"  # noqa: S608
 _OF_SESSION: Final = f"{_SELECT_LLMS} WHERE session_id = ? ORDER BY name"
 # The conditions stand here word for word as in the partial indexes: SQLite takes those only where it sees the same.
 _STALE: Final = (
@@ -91,6 +99,7 @@ _session_values: Final = attrgetter(*_SESSION_COLUMNS)
 _STATUS: Final = _LLM_COLUMNS.index("status")
 _KIND: Final = _LLM_COLUMNS.index("kind")
 _REMEMBERS: Final = _LLM_COLUMNS.index("remembers")
+_PAUSED: Final = _LLM_COLUMNS.index("paused")
 
 
 def _llms(rows: sqlite3.Cursor) -> tuple[LLM, ...]:
@@ -102,6 +111,7 @@ def _llms(rows: sqlite3.Cursor) -> tuple[LLM, ...]:
         values[_KIND] = Kind(values[_KIND])
         if values[_REMEMBERS] is not None:
             values[_REMEMBERS] = Status(values[_REMEMBERS])
+        values[_PAUSED] = bool(values[_PAUSED])
         found.append(LLM(*values))
     return tuple(found)
 
@@ -116,6 +126,14 @@ def _keys(rows: sqlite3.Cursor) -> tuple[Key, ...]:
             values["llms"] = tuple(json.loads(values["llms"]))
         found.append(Key(**values))
     return tuple(found)
+
+
+def _aliases(rows: sqlite3.Cursor) -> tuple[Alias, ...]:
+    return tuple(Alias(name, tuple(json.loads(targets)), created_at) for name, targets, created_at in rows.fetchall())
+
+
+def _alias_values(alias: Alias) -> tuple[object, ...]:
+    return alias.name, json.dumps(alias.targets), alias.created_at
 
 
 def _key_values(key: Key) -> tuple[object, ...]:
@@ -203,7 +221,8 @@ class SqliteStore:
             llms = _llms(self._db.execute(_LOAD_LLMS))
             sessions = tuple(SessionRecord(*row) for row in self._db.execute(_LOAD_SESSIONS))
             keys = _keys(self._db.execute(_LOAD_KEYS))
-        return Snapshot(llms, sessions, keys)
+            aliases = _aliases(self._db.execute(_LOAD_ALIASES))
+        return Snapshot(llms, sessions, keys, aliases)
 
     def _query(self, sql: str, argument: str | float) -> tuple[LLM, ...]:
         return _llms(self._db.execute(sql, (argument,)))
@@ -215,6 +234,8 @@ class SqliteStore:
         drop_sessions = [(session_id,) for session_id, session in batch.sessions.items() if session is None]
         put_keys = [_key_values(key) for key in batch.keys.values() if key is not None]
         drop_keys = [(key_id,) for key_id, key in batch.keys.items() if key is None]
+        put_aliases = [_alias_values(alias) for alias in batch.aliases.values() if alias is not None]
+        drop_aliases = [(name,) for name, alias in batch.aliases.items() if alias is None]
         if not self._files.check():
             self._begin_new_log()
         # IMMEDIATE: whoever else is writing is waited for here, before anything is done. A deferred transaction that
@@ -227,6 +248,8 @@ class SqliteStore:
             connection.executemany(_PUT_SESSION, put_sessions)
             connection.executemany(_DROP_KEY, drop_keys)
             connection.executemany(_PUT_KEY, put_keys)
+            connection.executemany(_DROP_ALIAS, drop_aliases)
+            connection.executemany(_PUT_ALIAS, put_aliases)
 
     def _begin_new_log(self) -> None:
         """Fold a log that has been deleted into the file, while we still have it open, and begin another one."""
