@@ -171,7 +171,10 @@ class Access:
         for channel in (session.pending, session.channel):
             if channel is not None:
                 self._registry.end_channel(channel, "evicted")
+        pools = {id(row.pool): row.pool for row in session.rows.values()}
         directory.hand_over_session(session, owner)
+        for pool in pools.values():
+            self._dispatcher.strand(pool)
 
     def hand_over_llm_nowait(self, name: str, owner: str) -> None:
         """See `Broker.hand_over_llm`."""
@@ -185,9 +188,13 @@ class Access:
         if row.llm.kind is Kind.VIRTUAL:
             directory.check_room_for(1, owner, "owner")
             # Also what was sent: else the old owner's answers would hold the new one's slots.
+            pool = row.pool
             self._dispatcher.fail_row(row, "The model was handed over while it worked on this request.")
             self._dispatcher.step(row, RowEvent.WITHDRAWN)
             directory.detach_row(row)
+            directory.hand_over_row(row, owner)
+            self._dispatcher.strand(pool)
+            return
         directory.hand_over_row(row, owner)
 
 

@@ -94,17 +94,22 @@ class Broker(Publishing, Operating):
         """Take an infer on. Whoever holds what this returns must call its `cancel` when he leaves.
 
         Args:
-            name: the row's.
+            name: a row's, a pool's or an alias.
             request: the client's call.
             claim: on whose account, from `claim`; the infer holds it from now on. None: on nobody's, and without limits.
 
         Raises:
             ModelNotFound: there is no such row, or not for this caller.
             ModelOffline: nobody is there to be asked.
-            QueueFull: as many wait as may.
+            QueueFull: as many wait as may, or for so long that this one would be out of time.
             ShuttingDown: the broker is stopping.
         """
         return self._dispatcher.accept(name, request, claim)
+
+    def place_of(self, infer: Infer) -> tuple[int, float | None] | None:
+        """Which place in its line a waiting infer has (1: next), and about how many seconds it will wait, if that is known;
+        None: it does not wait."""
+        return self._dispatcher.placer.place_of(infer)
 
     @asynccontextmanager
     async def infer(self, name: str, request: InferRequest, *, claim: Claim | None = None) -> AsyncIterator[Reply]:
@@ -137,9 +142,7 @@ class Broker(Publishing, Operating):
         """Fail all that is left, tell the publishers so, and end every channel, in one step."""
         directory = self._directory
         directory.stopping = True
-        for row in list(directory.rows.values()):
-            if row.waiting:
-                self._dispatcher.refuse_waiting(row, ShuttingDown)
+        self._dispatcher.refuse_all_waiting(ShuttingDown)
         ended = []
         for session in list(directory.sessions.values()):
             for channel in (session.pending, session.channel):
@@ -147,6 +150,7 @@ class Broker(Publishing, Operating):
                     self._dispatcher.lose_tasks(channel, shutdown=True)
                     self._registry.end_channel(channel, "shutdown")
                     ended.append(channel)
+        directory.disarm_probes()
         return ended
 
     async def _run_sweeper(self) -> None:

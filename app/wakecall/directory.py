@@ -1,17 +1,19 @@
 """The broker's entire mutable state, and the only steps that change a row or a session.
 
-What is in memory is the truth. It is: `rows` and `sessions`; the `keyring`; three lists of rows and sessions in the order in
-which a sweep retires them (`live`, `inactive`, `unused`: since instants only grow, whatever is touched goes to the end, and
-no heap is needed); `tasks` sent and not over; `settled`, the recent outcomes; the counters; and what each row and session
-holds of its own. Every change of a record passes `change_row`, `remove_row`, `change_session`, `remove_session`, `add_key`
-or `remove_key`, which keep the lists and hand the record to the journal, in the same step.
+What is in memory is the truth. It is: `rows`, `pools`, `aliases` and `sessions`; the `keyring`; three lists of rows and
+sessions in the order in which a sweep retires them (`live`, `inactive`, `unused`: since instants only grow, whatever is
+touched goes to the end, and no heap is needed); `tasks` sent and not over; `held_slots`, of those that are over and whose
+engine may not have stopped; `settled`, the recent outcomes; the counters; and what each row, pool and session holds of its
+own. Every change of a record passes `change_row`, `remove_row`, `change_session`, `remove_session`, `add_key`, `remove_key`
+or `put_alias`, which keep the lists and hand the record to the journal, in the same step.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, NamedTuple
 
@@ -19,17 +21,20 @@ import trio
 
 from . import lifecycle
 from .config import BrokerConfig
-from .deadlines import Deadlines
+from .deadlines import Deadline, Deadlines
 from .errors import TooMany
+from .fairness import FairLine, Lane
+from .health import Health
 from .journal import Journal
 from .keyring import Caller, Keyring
 from .lifecycle import RowEvent
-from .models import LLM, Event, Key, Kind, SessionRecord, Snapshot, Status
+from .models import LLM, Alias, Event, Key, Kind, SessionRecord, Snapshot, Status
 from .session import Session
-from .task import Infer, WaitingLine
+from .stopping import Stopping
+from .task import Infer
 from .wake import Wake
 
-__all__ = ["Clock", "Counters", "Directory", "Row", "Settled"]
+__all__ = ["Clock", "Counters", "Directory", "Pool", "Row", "Settled", "Target"]
 
 
 class Clock:
@@ -43,19 +48,81 @@ class Clock:
         return self._offset + trio.current_time()
 
 
+class Pool:
+    """Rows that answer to one name, and the line of those who wait for any of them, or for one of them by its own name.
+
+    A row without a pool has one to itself, which has no name.
+    """
+
+    __slots__ = ("line", "name", "owner", "probe", "rows")
+
+    def __init__(self, name: str | None, owner: str) -> None:
+        self.name: Final = name
+        self.owner: Final = owner
+        self.rows: dict[str, Row] = {}
+        self.line: Final[FairLine[Infer]] = FairLine()
+        self.probe: Deadline | None = None  # when one that is avoided may be tried again
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for any of its rows."""
+        return self.line.count(Lane.ANY) + self.line.count(Lane.MOVED)
+
+
 class Row:
-    """A row at work: its record, who waits for it, what it has in flight."""
+    """A row at work: its record, its pool, what it has in flight and how it has been doing.
 
-    __slots__ = ("in_flight", "llm", "max_readers", "service_s", "session", "waiting", "wake")
+    Attributes:
+        in_flight: infers that it works on.
+        stopping: slots of infers that are over and whose engine has not stopped, as far as is known.
+        wanted: those who wait for its pool would have it woken, once its group lets it.
+        yielding: it takes no more infers, for another row of its group is to be woken.
+        woken_at, last_sent_at: `trio.current_time()`.
+    """
 
-    def __init__(self, llm: LLM, max_readers: int) -> None:
+    __slots__ = (
+        "health",
+        "in_flight",
+        "last_sent_at",
+        "llm",
+        "pool",
+        "session",
+        "stopping",
+        "wake",
+        "wanted",
+        "woken_at",
+        "yielding",
+    )
+
+    def __init__(self, llm: LLM) -> None:
         self.llm = llm
+        self.pool = Pool(None, llm.owner)
+        self.pool.rows[llm.name] = self
         self.session: Session | None = None
         self.in_flight = 0
-        self.waiting: WaitingLine = OrderedDict()
+        self.stopping = 0
         self.wake: Wake | None = None
-        self.service_s = 1.0  # how long an infer has been holding its slot of late
-        self.max_readers: Final = max_readers
+        self.health: Final = Health()
+        self.yielding = False
+        self.wanted = False
+        self.woken_at = -math.inf
+        self.last_sent_at = -math.inf
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for it by name."""
+        return self.pool.line.count(self.llm.name)
+
+
+class Target(NamedTuple):
+    """What an infer may go to: every row of a pool, or the one that it named."""
+
+    pool: Pool
+    only: str | None
+
+    @property
+    def rows(self) -> Iterable[Row]:
+        return self.pool.rows.values() if self.only is None else (self.pool.rows[self.only],)
 
 
 @dataclass(slots=True)
@@ -99,6 +166,8 @@ class Directory:
         self.clock: Final = Clock()
         self.journal: Final = journal
         self.rows: dict[str, Row] = {}
+        self.pools: dict[str, Pool] = {}
+        self.aliases: dict[str, Alias] = {}
         self.sessions: dict[str, Session] = {}
         self.keyring: Final = Keyring()
         self.live: OrderedDict[str, Row] = OrderedDict()
@@ -107,6 +176,7 @@ class Directory:
         self.owned: dict[str, int] = {}  # sessions of each owner
         self.owned_rows: dict[str, int] = {}  # virtual rows of each owner
         self.tasks: dict[str, Infer | Wake] = {}
+        self.held_slots: dict[str, Stopping] = {}
         self.settled: dict[str, Settled] = {}
         self.counters = Counters()
         self.waiting_deadlines: Final = Deadlines()
@@ -119,6 +189,7 @@ class Directory:
         for key in snapshot.keys:
             self.keyring.add(key)
             self.keyring.close()
+        self.aliases = {alias.name: alias for alias in snapshot.aliases}
         # No instant is ahead of our clock, or what stands behind it in its list would wait for it.
         sessions = [
             replace(
@@ -141,10 +212,11 @@ class Directory:
                 last_heartbeat_at=min(llm.last_heartbeat_at, now),
                 inactive_since=now if lacks_instant else _past(llm.inactive_since, now),
             )
-            row = Row(llm, self.config.max_readers_per_reply)
+            row = Row(llm)
             rows.append(row)
             self.rows[llm.name] = row
             self._count_row(llm, 1)
+            self._join_pool(row)
             holder = None if llm.session_id is None else self.sessions.get(llm.session_id)
             # A session's id is free once it has left, and its next owner has nothing to do with the rows that it left.
             if holder is not None and holder.record.owner == llm.owner:
@@ -168,9 +240,10 @@ class Directory:
 
     def add_row(self, llm: LLM, session: Session | None) -> Row:
         """A row that was not there."""
-        row = Row(llm, self.config.max_readers_per_reply)
+        row = Row(llm)
         self.rows[llm.name] = row
         self._count_row(llm, 1)
+        self._join_pool(row)
         if session is not None:
             row.session = session
             session.rows[llm.name] = row
@@ -184,6 +257,66 @@ class Directory:
             count = self.owned_rows.pop(llm.owner, 0) + change
             if count:
                 self.owned_rows[llm.owner] = count
+
+    def _join_pool(self, row: Row) -> None:
+        """Put a row, which is in no named pool, into that of its record."""
+        name = row.llm.pool
+        if name is None:
+            return
+        pool = self.pools.get(name)
+        if pool is None:
+            pool = self.pools[name] = Pool(name, row.llm.owner)
+        row.pool = pool
+        pool.rows[row.llm.name] = row
+
+    def _leave_pool(self, row: Row) -> None:
+        """Take a row out of its pool; a pool without rows is no more."""
+        pool = row.pool
+        del pool.rows[row.llm.name]
+        if not pool.rows:
+            self._disarm_probe(pool)
+            if pool.name is not None and self.pools.get(pool.name) is pool:
+                del self.pools[pool.name]
+        row.pool = Pool(None, row.llm.owner)
+        row.pool.rows[row.llm.name] = row
+
+    def _disarm_probe(self, pool: Pool) -> None:
+        if pool.probe is not None:
+            self.waiting_deadlines.disarm(pool.probe)
+            pool.probe = None
+
+    def disarm_probes(self) -> None:
+        """The broker closes: nothing is tried again."""
+        for row in self.rows.values():
+            self._disarm_probe(row.pool)
+
+    def move_row(self, row: Row, name: str | None) -> Pool:
+        """A row is in another pool from now on, or in none. Returns the one that it has left.
+
+        Whoever waits for it by name is still in that one's line.
+        """
+        before = row.pool
+        self._leave_pool(row)
+        row.llm = replace(row.llm, pool=name)
+        self._join_pool(row)
+        return before
+
+    def find_route(self, name: str) -> tuple[str, ...] | None:
+        """The names of rows and pools that a name stands for, best first; None: it stands for nothing.
+
+        An operator's word comes before a publisher's.
+        """
+        if (alias := self.aliases.get(name)) is not None:
+            return alias.targets
+        return (name,) if name in self.rows or name in self.pools else None
+
+    def find_target(self, name: str) -> Target | None:
+        """A row, or a pool; None: there is neither."""
+        if (row := self.rows.get(name)) is not None:
+            return Target(row.pool, name)
+        if (pool := self.pools.get(name)) is not None:
+            return Target(pool, None)
+        return None
 
     def change_row(self, row: Row, **changes: Any) -> None:
         """Change fields other than status."""
@@ -230,7 +363,8 @@ class Directory:
     def hand_over_row(self, row: Row, owner: str) -> None:
         """A row is another owner's from now on."""
         self._count_row(row.llm, -1)
-        self.change_row(row, owner=owner)
+        self._leave_pool(row)  # a pool is one owner's
+        self.change_row(row, owner=owner, pool=None)
         self._count_row(row.llm, 1)
 
     def detach_row(self, row: Row) -> None:
@@ -269,6 +403,7 @@ class Directory:
         """A row that is there is no more."""
         name = row.llm.name
         del self.rows[name]
+        self._leave_pool(row)
         self._count_row(row.llm, -1)
         self.live.pop(name, None)
         self.inactive.pop(name, None)
@@ -343,6 +478,16 @@ class Directory:
         caller = self.keyring.remove(key_id)
         self.journal.put_key(key_id, None)
         return caller
+
+    # Aliases
+
+    def put_alias(self, name: str, alias: Alias | None) -> None:
+        """An alias is now so; None: it is gone."""
+        if alias is None:
+            del self.aliases[name]
+        else:
+            self.aliases[name] = alias
+        self.journal.put_alias(name, alias)
 
     # Outcomes
 

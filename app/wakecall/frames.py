@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -91,9 +92,12 @@ def infer(
     return Frame("infer", data, id, weight)
 
 
-def wake(id: str, task_id: str, llm: str, model: str, deadline_s: float) -> Frame:
-    """A wake, which all who wait for the row share."""
-    return Frame("wake", {"task_id": task_id, "llm": llm, "model": model, "deadline_s": round(deadline_s, 3)}, id)
+def wake(id: str, task_id: str, llm: str, model: str, deadline_s: float, hibernate: Sequence[str] = ()) -> Frame:
+    """A wake, which all who wait for the row share. `hibernate`: rows that are to be put to sleep first."""
+    data: dict[str, Any] = {"task_id": task_id, "llm": llm, "model": model, "deadline_s": round(deadline_s, 3)}
+    if hibernate:
+        data["hibernate"] = list(hibernate)
+    return Frame("wake", data, id)
 
 
 def cancel(id: str, task_id: str, reason: CancelReason) -> Frame:

@@ -26,15 +26,17 @@ class Caller:
         owner: whose sessions, names and tasks are his.
         roles: which paths he may use.
         in_flight: calls of his that are under way.
+        waiting: infers of his that wait for a slot or a wake.
     """
 
-    __slots__ = ("_matches", "_rate", "in_flight", "key", "owner", "roles")
+    __slots__ = ("_matches", "_rate", "in_flight", "key", "owner", "roles", "waiting")
 
     def __init__(self, key: Key | None) -> None:
         self.key: Final = key
         self.owner: Final = LOCAL_OWNER if key is None else key.owner
         self.roles: Final[frozenset[Role]] = frozenset(ROLES if key is None else (key.role,))
         self.in_flight = 0
+        self.waiting = 0
         self._matches = None if key is None or key.llms is None else matcher_of(key.llms)
         self._rate = None if key is None or key.rpm is None else RequestRate(key.rpm)
 

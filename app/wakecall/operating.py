@@ -8,7 +8,7 @@ from contextlib import suppress
 from . import views
 from .core import Core
 from .errors import NotFound, SessionNotFound
-from .models import KeyView, LLMView, NewKey, Role, SessionView, SweepReport, TaskView
+from .models import KeyView, LLMView, NewKey, PoolView, Role, SessionView, SweepReport, TaskView
 
 __all__ = ["Operating"]
 
@@ -87,6 +87,11 @@ class Operating(Core):
         """One row, at work. Raises ModelNotFound."""
         return views.view_llm(self._find_row(name))
 
+    def pool_views(self) -> list[PoolView]:
+        """All pools by name."""
+        pools = self._directory.pools
+        return [views.view_pool(pools[name]) for name in sorted(pools)]
+
     def session_views(self) -> list[SessionView]:
         """All sessions by id."""
         sessions = self._directory.sessions
@@ -94,7 +99,7 @@ class Operating(Core):
 
     def task_views(self) -> list[TaskView]:
         """All infers and wakes under way: those sent, then those that wait, oldest first."""
-        return views.view_tasks(self._directory)
+        return views.view_tasks(self._directory, self._dispatcher.placer.place_of)
 
     async def put_public_llm(
         self, name: str, *, type: str, model: str, url: str, key_env: str | None = None

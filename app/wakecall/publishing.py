@@ -250,6 +250,16 @@ class Publishing(Core):
         logger.debug("task %s failed at its publisher (%s)", task_id, shown)
         self._intake.fail(task, message, status)
 
+    def confirm_cancelled(self, task_id: str, *, owner: str = LOCAL_OWNER) -> None:
+        """The publisher's engine has stopped working on a task that had ended without it: its slot is free. Idempotent.
+
+        Of a task that has not ended it is a failure.
+
+        Raises:
+            TaskNotFound: there is none, or it ended too long ago.
+        """
+        self._intake.confirm_cancelled(task_id, owner)
+
     def task_request(self, task_id: str, *, owner: str = LOCAL_OWNER) -> InferRequest:
         """The client's call behind an infer's frame. Raises TaskNotFound, TaskAlreadySettled, TaskCancelled."""
         task = self._intake.find_task(task_id, owner)

@@ -15,7 +15,7 @@ from typing import Final
 import trio
 
 from . import lifecycle, sweep
-from .directory import Directory
+from .directory import Directory, Row
 from .dispatch import Dispatcher
 from .errors import (
     InvalidRequest,
@@ -144,6 +144,7 @@ class Registry:
                 raise InvalidRequest("The same name stands twice.", param=where)
             self._check_spec(spec, f"llms[{index}]")
             seen.add(spec.name)
+            self._check_pool(spec, f"llms[{index}]", owner)
             row = self._directory.rows.get(spec.name)
             if row is None:
                 continue
@@ -154,6 +155,10 @@ class Registry:
                 raise LLMNameTaken(param=where)
             if llm.session_id != session_id and llm.status is not Status.INACTIVE:
                 raise LLMNameTaken(param=where)
+        for index, spec in enumerate(specs):
+            if spec.pool in seen:
+                raise LLMNameTaken("A pool cannot have the name of a model.", param=f"llms[{index}].pool")
+        self._check_pool_sizes(specs)
         fresh = sum(1 for name in seen if name not in self._directory.rows)
         # Rows outlive a goodbye: else sessions that come and go could fill the memory.
         self._directory.check_room_for(fresh, owner, "llms")
@@ -166,6 +171,41 @@ class Registry:
             raise InvalidRequest(message, param=f"{where}.max_concurrency")
         if spec.wake_s is not None and not 0 < spec.wake_s < math.inf:
             raise InvalidRequest("A wake takes some seconds.", param=f"{where}.wake_s")
+        for name in ("queue_s", "first_byte_s", "idle_s", "total_s"):
+            value = getattr(spec, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidRequest("A budget is some seconds.", param=f"{where}.{name}")
+
+    def _check_pool(self, spec: LLMSpec, where: str, owner: str) -> None:
+        """Rows and pools have their names from one stock, and a pool is one owner's: else whoever likes could join it, and
+        be sent what its callers say."""
+        directory = self._directory
+        if spec.name in directory.pools:
+            raise LLMNameTaken("This is the name of a pool.", param=f"{where}.name")
+        if spec.group is not None and not is_llm_name(spec.group):
+            raise InvalidRequest("This is no valid name for a group.", param=f"{where}.group")
+        if spec.pool is None:
+            return
+        if not is_llm_name(spec.pool):
+            raise InvalidRequest("This is no valid name for a pool.", param=f"{where}.pool")
+        if spec.pool in directory.rows:
+            raise LLMNameTaken("A pool cannot have the name of a model.", param=f"{where}.pool")
+        pool = directory.pools.get(spec.pool)
+        if pool is not None and pool.owner != owner:
+            raise LLMNameTaken("This pool is another owner's.", param=f"{where}.pool")
+
+    def _check_pool_sizes(self, specs: Sequence[LLMSpec]) -> None:
+        sizes: dict[str, int] = {}
+        for index, spec in enumerate(specs):
+            if spec.pool is None:
+                continue
+            pool = self._directory.pools.get(spec.pool)
+            rows: Mapping[str, Row] = {} if pool is None else pool.rows
+            size = sizes.get(spec.pool, len(rows)) + (spec.name not in rows)
+            if size > self._config.max_llms_per_pool:
+                most = self._config.max_llms_per_pool
+                raise TooMany(f"A pool has at most {most} models.", param=f"llms[{index}].pool")
+            sizes[spec.pool] = size
 
     def _register_row(self, session: Session, spec: LLMSpec, now: float) -> RegisteredLLM:
         directory, record = self._directory, session.record
@@ -182,10 +222,11 @@ class Registry:
         if row.session is not session:
             if row.wake is not None:
                 # It was asked of a publisher whose row this no longer is.
-                self._dispatcher.settle_wake(row.wake, "lost", ModelOffline(), cancel="client_disconnected")
+                self._dispatcher.waker.settle(row.wake, "lost", ModelOffline(), cancel="client_disconnected")
             directory.adopt_row(row, session)
         kept = llm.remembers if llm.status is Status.INACTIVE else llm.status
         status = spec.status or kept or Status.ACTIVE
+        self._dispatcher.move_row(row, spec.pool)
         row.llm = _described(row.llm, spec, record.session_id)
         self._dispatcher.step(row, _REGISTER[status], bump=True)
         return RegisteredLLM(spec.name, row.llm.status, "adopted" if adopted else "reactivated")
@@ -206,6 +247,12 @@ class Registry:
         for name, row in list(session.rows.items()):
             reported = statuses.get(name)
             self._dispatcher.step(row, RowEvent.REVIVE if reported is None else _REPORT[reported], bump=True)
+        if session.channel is not None:
+            named = set(tasks)
+            for stopping in list(session.channel.stopping.values()):
+                # It has been told of the end, and does not work on it any more.
+                if stopping.answered and stopping.task_id not in named:
+                    self._dispatcher.stops.release(stopping, "reported")
         drop = tuple(task_id for task_id in tasks if not self._is_waited_for(task_id, session))
         return HeartbeatReply({name: row.llm.status for name, row in session.rows.items()}, drop)
 
@@ -286,6 +333,9 @@ class Registry:
         elif session.pending is channel:
             session.pending = None
         channel.close(reason)
+        for turn in session.turns.values():
+            self._directory.waiting_deadlines.disarm(turn)
+        session.turns.clear()
         # 2
         failed = self._dispatcher.lose_tasks(channel)
         # 3
@@ -348,8 +398,7 @@ class Registry:
         for name in decision.expired:
             row = directory.rows[name]
             lifecycle.step(lifecycle.state_of(row.llm), RowEvent.EXPIRED)
-            self._dispatcher.fail_row(row)
-            directory.remove_row(row)
+            self.remove_row(row)
         for session_id in decision.unused:
             directory.remove_session(directory.sessions[session_id])
             directory.notify(SessionEvent("expired", session_id, 0))
@@ -376,8 +425,14 @@ class Registry:
         row = self._directory.rows.get(name)
         if row is None:
             raise ModelNotFound
+        self.remove_row(row)
+
+    def remove_row(self, row: Row) -> None:
+        """A row is no more: all that is on it fails, and whoever waited for its pool goes elsewhere or fails."""
+        pool = row.pool
         self._dispatcher.fail_row(row)
         self._directory.remove_row(row)
+        self._dispatcher.strand(pool)
 
 
 def _described(llm: LLM, spec: LLMSpec, session_id: str) -> LLM:
@@ -391,4 +446,9 @@ def _described(llm: LLM, spec: LLMSpec, session_id: str) -> LLM:
         wake_s=spec.wake_s,
         cancel=spec.cancel,
         pool=spec.pool,
+        group=spec.group,
+        queue_s=spec.queue_s,
+        first_byte_s=spec.first_byte_s,
+        idle_s=spec.idle_s,
+        total_s=spec.total_s,
     )

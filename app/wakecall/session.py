@@ -30,6 +30,7 @@ from .models import SessionRecord
 
 if TYPE_CHECKING:
     from .directory import Row
+    from .stopping import Stopping
     from .task import Infer
     from .wake import Wake
 
@@ -41,7 +42,7 @@ logger = logging.getLogger("wakecall.broker")
 class Session:
     """A registered publisher. `rows` holds all that bear its id, the longest withdrawn perhaps excepted."""
 
-    __slots__ = ("channel", "leaving", "pending", "record", "rows", "settled", "turn")
+    __slots__ = ("channel", "leaving", "pending", "record", "rows", "settled", "turn", "turns")
 
     def __init__(self, record: SessionRecord) -> None:
         self.record = record
@@ -50,6 +51,7 @@ class Session:
         self.pending: Channel | None = None  # the one that will be current once `leaving` has been joined
         self.leaving: Channel | None = None  # the last that was current
         self.turn = 0  # which of its rows is the first to send when there is room again
+        self.turns: dict[str, Deadline] = {}  # when a group is to be looked at again
         self.settled: deque[str] = deque()  # ids of its ended tasks, oldest first
 
 
@@ -81,6 +83,7 @@ class Channel:
         self.key_id: Final = key_id
         self.needs_open: Final = needs_open
         self.tasks: dict[str, Infer | Wake] = {}  # sent on it and not over
+        self.stopping: dict[str, Stopping] = {}  # over, and their slots still taken
         self.deadlines: Final = Deadlines()
         self.scope = trio.CancelScope()
         self.joined = trio.Event()
@@ -90,6 +93,7 @@ class Channel:
         self._on_overflow = on_overflow
         self._on_room = on_room
         self._outbox: deque[Frame] = deque()
+        self._withdrawn: set[str] = set()  # tasks that are over and whose frames are in there
         self._taken: deque[Frame] = deque()  # by iteration, and not given out
         self._weight = 0
         self._full = False
@@ -120,6 +124,7 @@ class Channel:
     def send_infer(self, infer: Infer, due: float) -> None:
         """Take an infer on, to be ended at `due` if nothing happens, and tell the publisher."""
         self._hold(infer, due)
+        assert infer.row is not None
         llm = infer.row.llm
         left_s = max(infer.total_until - trio.current_time(), 0.0)
         limit = self._config.max_inline_body_bytes
@@ -129,12 +134,16 @@ class Channel:
         """Take a wake on, to be ended after `limit_s`, and tell the publisher."""
         self._hold(wake, wake.started_at + limit_s)
         llm = wake.row.llm
-        self._push(frames.wake(self._next_id(), wake.task_id, llm.name, llm.model, limit_s))
+        self._push(frames.wake(self._next_id(), wake.task_id, llm.name, llm.model, limit_s, wake.hibernate))
 
     def send_cancel(self, task_id: str, reason: CancelReason) -> None:
         """Tell the publisher that a task has ended without it; nothing once the channel has ended, for then it knows."""
         if self.ended is None:
             self._push(frames.cancel(self._next_id(), task_id, reason))
+
+    def withdraw(self, task_id: str) -> None:
+        """A task is over whose frame nobody has taken: it need not be sent."""
+        self._withdrawn.add(task_id)
 
     def forget(self, task: Infer | Wake) -> None:
         """A task that was sent on it is over."""
@@ -179,6 +188,8 @@ class Channel:
         if reason is None:
             self._outbox.clear()
         else:
+            # What it has not begun it shall not begin: that may be another's by then.
+            self._outbox = deque(frame for frame in self._take_outbox() if frame.event not in ("infer", "wake"))
             self._outbox.append(frames.bye(self._next_id(), reason))
         self._closed = True
         self.deadlines.disarm(self._stall)
@@ -193,23 +204,36 @@ class Channel:
         Raises:
             trio.BusyResourceError: another task is receiving.
         """
-        while not self._outbox:
-            if self._closed:
-                return []
-            if self._wakeup is not None:
-                raise trio.BusyResourceError("another task is receiving from this channel")
-            self._wakeup = trio.Event()
-            try:
-                await self._wakeup.wait()
-            finally:
-                self._wakeup = None
-        taken = list(self._outbox)
+        while True:
+            while not self._outbox:
+                if self._closed:
+                    return []
+                if self._wakeup is not None:
+                    raise trio.BusyResourceError("another task is receiving from this channel")
+                self._wakeup = trio.Event()
+                try:
+                    await self._wakeup.wait()
+                finally:
+                    self._wakeup = None
+            taken = self._take_outbox()
+            for frame in taken:
+                if frame.event in ("infer", "wake") and (task := self.tasks.get(frame.data["task_id"])) is not None:
+                    task.frame_taken = True
+            self._weight = 0
+            if self._full:
+                self._full = False
+                if not self._closed:
+                    self._on_room(self)
+            if taken:
+                return taken
+
+    def _take_outbox(self) -> list[Frame]:
+        """All frames that have queued up, but those of tasks that are over."""
+        taken, withdrawn = list(self._outbox), self._withdrawn
         self._outbox.clear()
-        self._weight = 0
-        if self._full:
-            self._full = False
-            if not self._closed:
-                self._on_room(self)
+        if withdrawn:
+            taken = [frame for frame in taken if frame.data.get("task_id") not in withdrawn]
+            self._withdrawn = set()
         return taken
 
     # No generator: whoever breaks off a loop would leave it to the collector, and Trio would say so.

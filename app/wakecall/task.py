@@ -5,15 +5,15 @@ deadline), in one synchronous step each, through
 
     waiting (for a wake or a slot)  →  sent (holds a slot; its frame is on a channel)  →  over
 
-and only `dispatch.Dispatcher` moves it. Who waits for it waits on two events: `wait_head`, for the first byte of an answer,
-and `Reply.wait_done`, for the outcome.
+and only `dispatch.Dispatcher` moves it. It may go back from sent to waiting, or on to another row: as long as its publisher
+cannot have begun to generate, for the frame never left or was refused. Who waits for it waits on two events: `wait_head`,
+for the first byte of an answer, and `Reply.wait_done`, for the outcome.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -26,7 +26,7 @@ from .errors import TooMany, WakecallError
 from .models import InferRequest
 
 if TYPE_CHECKING:
-    from .directory import Row
+    from .directory import Pool, Row
     from .keyring import Claim
     from .session import Channel
     from .upload import Upload
@@ -57,14 +57,21 @@ class Infer:
     """One infer in the broker's hands. Made by `Broker.infer_nowait`; whoever holds it calls `cancel` when he leaves.
 
     Attributes:
-        task_id: names it on the wire.
+        task_id: names it on the wire; a new one for each publisher that it is sent to.
         request: the client's call.
+        asked: the name that the client called.
+        route: names of the rows and pools to which it may go, best first; `stage` is where in it it is now.
+        pool, only: in whose line it waits, or waited; and for which row alone. None: for any.
+        row: the one that it was sent to; None while it waits.
+        refused_by: rows that would not have it.
+        refusal: what the one that refuses it now has answered so far, should nobody else take it.
     """
 
     __slots__ = (
         "_cancel",
-        "_idle_s",
         "accepted_at",
+        "asked",
+        "attempts",
         "channel",
         "claim",
         "content_type",
@@ -73,17 +80,26 @@ class Infer:
         "engine_status",
         "error",
         "first_byte_at",
+        "frame_taken",
         "head_ready",
+        "idle_s",
         "last_byte_at",
+        "max_readers",
+        "only",
         "phase",
         "phase_until",
         "pieces",
+        "pool",
         "reader",
         "received",
+        "refusal",
+        "refused_by",
         "request",
         "room_at",
+        "route",
         "row",
         "sent_at",
+        "stage",
         "state",
         "stream",
         "task_id",
@@ -94,25 +110,36 @@ class Infer:
     def __init__(
         self,
         task_id: str,
-        row: Row,
+        asked: str,
+        route: Sequence[str],
         request: InferRequest,
         config: BrokerConfig,
         now: float,
+        total_s: float,
         cancel: Callable[[Infer], None],
     ) -> None:
-        self.task_id: Final = task_id
+        self.task_id = task_id
+        self.asked: Final = asked
         self.request: Final = request
-        self.row: Final = row
+        self.route: Final = route
+        self.stage = 0
+        self.pool: Pool | None = None
+        self.only: str | None = None
+        self.row: Row | None = None
+        self.refused_by: frozenset[str] = frozenset()
+        self.refusal: bytearray | None = None
+        self.attempts = 0
         self._cancel = cancel
         self.state = InferState.WAITING
         self.phase: InferPhase = "queue"
         self.accepted_at = now  # this and all that end in _at or _until: `trio.current_time()`
         self.phase_until = math.inf
-        self.total_until = now + config.total_s
+        self.total_until = now + total_s
         self.deadline: Deadline | None = None
         self.channel: Channel | None = None
         self.claim: Claim | None = None
         self.sent_at = math.inf
+        self.frame_taken = False  # by its channel's transport: from then on its publisher may have it
         self.first_byte_at: float | None = None
         self.last_byte_at = now
         self.room_at = now
@@ -121,7 +148,8 @@ class Infer:
         self.upload: Upload | None = None
         self.engine_status = 200
         self.content_type: str | None = None
-        self._idle_s = config.idle_s
+        self.idle_s = config.idle_s
+        self.max_readers: Final = config.max_readers_per_reply
         self.stream = ByteStream(config.reply_buffer_bytes, self._on_room)
         self.reader: Final = self.stream.open_reader()
         self.head_ready = trio.Event()
@@ -152,12 +180,17 @@ class Infer:
         """When this infer, sent, is next to be ended by the clock, and for what."""
         due, why = self.total_until, Due.TOTAL
         if self.first_byte_at is None:
-            if self.request.stream and (until := self.sent_at + config.first_byte_s) < due:
+            first_byte_s = config.first_byte_s
+            if self.row is not None and self.row.llm.first_byte_s is not None:
+                first_byte_s = self.row.llm.first_byte_s
+            if self.request.stream and (until := self.sent_at + first_byte_s) < due:
                 due, why = until, Due.FIRST_BYTE
+            if self.refusal is not None and (until := self.last_byte_at + self.idle_s) < due:
+                due, why = until, Due.IDLE
             return due, why
         if (until := self.stream.stalled_since() + config.peer_stall_s) < due:
             due, why = until, Due.STALL
-        if self.stream.has_room and (until := max(self.last_byte_at, self.room_at) + config.idle_s) < due:
+        if self.stream.has_room and (until := max(self.last_byte_at, self.room_at) + self.idle_s) < due:
             due, why = until, Due.IDLE
         return due, why
 
@@ -173,7 +206,7 @@ class Infer:
         # While the client held the upload back nobody waited for the publisher: its idle clock starts here.
         self.room_at = trio.current_time()
         if self.channel is not None and self.deadline is not None:
-            self.channel.hasten(self.deadline, self.room_at + self._idle_s)
+            self.channel.hasten(self.deadline, self.room_at + self.idle_s)
 
 
 class Reader:
@@ -268,11 +301,7 @@ class Reply:
         Raises:
             TooMany: as many read as may.
         """
-        limit = self._infer.row.max_readers
+        limit = self._infer.max_readers
         if self._infer.stream.readers >= limit:
             raise TooMany(f"An answer has at most {limit} readers.")
         return Reader(self._infer.stream.open_reader(beside=self._infer.reader))
-
-
-#: The waiting line of a row: task id → infer, first come first served; leaving it from the middle is as quick.
-WaitingLine = OrderedDict[str, Infer]

@@ -39,12 +39,16 @@ def check_invariants(broker: Broker) -> Statistics:
     ended = counted.completed + counted.failed + counted.cancelled
     assert counted.accepted == ended + counted.waiting + counted.in_flight, counted
     views = broker.llm_views()
-    assert counted.waiting == sum(view.waiting for view in views), counted
+    waiting = sum(view.waiting for view in views) + sum(pool.waiting for pool in broker.pool_views())
+    assert counted.waiting == waiting, counted
     tasks = broker.task_views()
     assert counted.waiting + counted.in_flight == sum(task.kind == "infer" for task in tasks), (counted, tasks)
     assert counted.wakes_in_flight == sum(task.kind == "wake" for task in tasks), (counted, tasks)
     for view in views:
         assert view.in_flight >= 0, view
+        assert view.stopping >= 0, view
+        most = view.llm.max_concurrency
+        assert most is None or view.in_flight + view.stopping <= most, view
         if view.llm.status is Status.INACTIVE:
             assert view.waiting == 0, "nobody waits for an inactive row"
     return counted

@@ -30,6 +30,10 @@ __all__ = ["Intake", "Upload"]
 #: How much of a failed wake's text is its message, in bytes.
 _WAKE_TEXT_BYTES: Final = 1024
 
+#: What says that another publisher may be asked: nothing has been generated.
+_REFUSALS: Final = frozenset({429, 503})
+_MOST_REFUSAL_BYTES: Final = 64 * 1024
+
 
 class Upload:
     """Made by `Broker.open_upload`; hold it in a `with` block: leaving that without `finish` means that it broke off.
@@ -38,7 +42,7 @@ class Upload:
     breaks off, what has arrived counts, and its sender goes on from there.
     """
 
-    __slots__ = ("_ended", "_final", "_intake", "_on_over", "_skip", "content_type", "status", "task")
+    __slots__ = ("_ended", "_final", "_intake", "_on_over", "_skip", "content_type", "status", "task", "task_id")
 
     def __init__(
         self, intake: Intake, task: Infer | Wake, status: int, content_type: str | None, skip: int, final: bool
@@ -49,12 +53,18 @@ class Upload:
         self._ended = False
         self._on_over: Callable[[], None] | None = None
         self.task: Final = task
+        self.task_id: Final = task.task_id
         self.status: Final = status
         self.content_type: Final = content_type
 
+    @property
+    def _is_over(self) -> bool:
+        """Whether the task has ended, or is another publisher's by now."""
+        return self.task.is_over or self.task.task_id != self.task_id
+
     def on_over(self, callback: Callable[[], None]) -> None:
         """Have `callback` called, once and synchronously, if the task ends before this upload does."""
-        if self.task.is_over and not self._ended:
+        if self._is_over and not self._ended:
             callback()
         else:
             self._on_over = callback
@@ -68,8 +78,8 @@ class Upload:
             TaskAlreadySettled: the publisher has, by a failure.
         """
         task = self.task
-        if task.is_over:
-            raise self._intake.over_error(task.task_id)
+        if self._is_over:
+            raise self._intake.over_error(self.task_id)
         if self._skip:
             known = min(self._skip, len(data))
             self._skip -= known
@@ -81,9 +91,12 @@ class Upload:
             return
         if not task.stream.has_room:
             await task.stream.wait_room()
-            if task.is_over:
-                raise self._intake.over_error(task.task_id)
-        self._intake.feed(task, data, self.status, self.content_type)
+            if self._is_over:
+                raise self._intake.over_error(self.task_id)
+        if self.status in _REFUSALS:
+            self._intake.feed_refusal(task, data, self.status, self.content_type)
+        else:
+            self._intake.feed(task, data, self.status, self.content_type)
 
     async def finish(self) -> None:
         """The last byte is in. A final upload settles its task; for a wake this returns once that is committed.
@@ -93,8 +106,8 @@ class Upload:
             InvalidRequest: the answer is shorter than what has arrived of it; the task fails.
             StoreUnavailable: the wake counts, but is not committed yet.
         """
-        if self.task.is_over:
-            raise self._intake.over_error(self.task.task_id)
+        if self._is_over:
+            raise self._intake.over_error(self.task_id)
         if self._final and self._skip:
             raise InvalidRequest("The answer ends before what has arrived of it.", param="Wakecall-Offset")
         self._release()
@@ -110,7 +123,7 @@ class Upload:
         if self._ended:
             return
         self._release()
-        if self._final and not self.task.is_over:
+        if self._final and not self._is_over:
             self._intake.break_off(self.task)
 
     def __enter__(self) -> Upload:
@@ -179,6 +192,8 @@ class Intake:
 
     def over_error(self, task_id: str) -> TaskOver:
         """What a publisher is told of a task that is over."""
+        if (stopping := self._directory.held_slots.get(task_id)) is not None:
+            stopping.answered = True
         remembered = self._directory.recall(task_id)
         if remembered is None:
             return TaskNotFound()
@@ -188,7 +203,7 @@ class Intake:
         """A piece of an answer has arrived."""
         config, now = self._config, trio.current_time()
         if infer.first_byte_at is None:
-            infer.take_head(now, status, content_type)
+            self._take_head(infer, now, status, content_type)
         infer.received += len(data)
         infer.last_byte_at = now
         infer.stream.put_nowait(data, now)
@@ -202,10 +217,43 @@ class Intake:
         wake.text += data[: _WAKE_TEXT_BYTES - len(wake.text)]
 
     def complete(self, infer: Infer, status: int, content_type: str | None) -> None:
-        """The last byte of its answer is in."""
+        """The last byte of its answer is in. If that is 429 or 503, another row may have it, as if nothing had been said."""
         if infer.first_byte_at is None:
-            infer.take_head(trio.current_time(), status, content_type)
+            if status in _REFUSALS and self._dispatcher.placer.can_move(infer) and self._dispatcher.move_refused(infer):
+                return
+            refusal, infer.refusal = bytes(infer.refusal or b""), None
+            if refusal:
+                infer.received -= len(refusal)
+                self.feed(infer, refusal, status, content_type)
+            else:
+                self._take_head(infer, trio.current_time(), status, content_type)
         self._dispatcher.settle(infer, "completed", None)
+
+    def feed_refusal(self, infer: Infer, data: bytes, status: int, content_type: str | None) -> None:
+        """A piece of an answer of 429 or 503 has arrived, while another row may still have the infer: it is kept, for it is
+        the answer if none does. One of more than `_MOST_REFUSAL_BYTES` is no mere refusal, and is passed on."""
+        if infer.refusal is None and not (infer.first_byte_at is None and self._dispatcher.placer.can_move(infer)):
+            self.feed(infer, data, status, content_type)
+            return
+        if infer.first_byte_at is None:
+            kept = infer.refusal = infer.refusal if infer.refusal is not None else bytearray()
+            kept += data
+            infer.received += len(data)
+            infer.last_byte_at = trio.current_time()
+            assert infer.deadline is not None
+            assert infer.channel is not None
+            infer.channel.hasten(infer.deadline, infer.last_byte_at + infer.idle_s)
+            if len(kept) <= _MOST_REFUSAL_BYTES:
+                return
+            infer.received -= len(kept)
+            data = bytes(kept)
+        infer.refusal = None
+        self.feed(infer, data, status, content_type)
+
+    def _take_head(self, infer: Infer, now: float, status: int, content_type: str | None) -> None:
+        infer.take_head(now, status, content_type)
+        if infer.row is not None and status < 400:
+            infer.row.health.note_first_byte(now - infer.sent_at)
 
     async def complete_wake(self, wake: Wake, status: int) -> None:
         """Its result is in: any 2xx means awake. Returns once that is committed.
@@ -215,19 +263,33 @@ class Intake:
         """
         if not 200 <= status <= 299:
             text = bytes(wake.text).decode("utf-8", "replace").strip()
-            self._dispatcher.settle_wake(wake, "failed", WakeFailed(text or None), by_publisher=True)
+            self._dispatcher.waker.settle(wake, "failed", WakeFailed(text or None), by_publisher=True)
             return
-        self._dispatcher.settle_wake(wake, "succeeded", None, by_publisher=True)
+        self._dispatcher.waker.settle(wake, "succeeded", None, by_publisher=True)
         await self._directory.journal.commit().wait()
 
     def break_off(self, task: Infer | Wake) -> None:
         """The upload that was to end it broke off."""
         self.fail(task, "The publisher's answer broke off.", None)
 
+    def confirm_cancelled(self, task_id: str, owner: str) -> None:
+        """See `Broker.confirm_cancelled`."""
+        directory = self._directory
+        stopping = directory.held_slots.get(task_id)
+        if stopping is not None and stopping.channel.session.record.owner == owner:
+            self._dispatcher.stops.release(stopping, "confirmed")
+            return
+        remembered = directory.recall(task_id)
+        if remembered is not None and remembered.owner == owner:
+            return
+        self.fail(self.find_task(task_id, owner), "The publisher has stopped working on it.", None)
+
     def fail(self, task: Infer | Wake, message: str, status: int | None) -> None:
         """Its publisher says that it failed. `status` is for an infer's caller."""
         if isinstance(task, Wake):
-            self._dispatcher.settle_wake(task, "failed", WakeFailed(message or None), by_publisher=True)
+            self._dispatcher.waker.settle(task, "failed", WakeFailed(message or None), by_publisher=True)
         else:
+            if status in _REFUSALS and self._dispatcher.placer.can_move(task) and self._dispatcher.move_refused(task):
+                return
             error = PublisherError(message or None, status=status)
             self._dispatcher.settle(task, "failed", error, by_publisher=True)

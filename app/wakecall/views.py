@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import trio
 
-from .directory import Directory, Row
-from .models import Kind, LLMView, SessionView, Statistics, Status, TaskView
+from .directory import Directory, Pool, Row
+from .models import LLMView, PoolView, SessionView, Statistics, Status, TaskView
 from .session import Session
+from .task import Infer
 from .wake import Wake
 
-__all__ = ["statistics", "view_llm", "view_session", "view_tasks"]
+__all__ = ["statistics", "view_llm", "view_pool", "view_session", "view_tasks"]
 
 
 def statistics(directory: Directory) -> Statistics:
@@ -42,13 +44,15 @@ def statistics(directory: Directory) -> Statistics:
 def view_llm(row: Row) -> LLMView:
     """A row at work."""
     session = row.session
-    routable = (
-        row.llm.kind is Kind.VIRTUAL
-        and row.llm.status is not Status.INACTIVE
-        and session is not None
-        and session.channel is not None
-    )
-    return LLMView(row.llm, row.in_flight, len(row.waiting), row.wake is not None, routable)
+    routable = row.llm.status is not Status.INACTIVE and session is not None and session.channel is not None
+    penalty = row.health.penalty(trio.current_time())
+    return LLMView(row.llm, row.in_flight, row.waiting, row.wake is not None, routable, row.stopping, penalty)
+
+
+def view_pool(pool: Pool) -> PoolView:
+    """A pool and its line."""
+    assert pool.name is not None
+    return PoolView(pool.name, pool.owner, tuple(sorted(pool.rows)), pool.waiting)
 
 
 def view_session(session: Session) -> SessionView:
@@ -56,21 +60,34 @@ def view_session(session: Session) -> SessionView:
     return SessionView(session.record, session.channel is not None, tuple(sorted(session.rows)))
 
 
-def view_tasks(directory: Directory) -> list[TaskView]:
-    """All infers and wakes under way: those sent, then those that wait, oldest first."""
+def view_tasks(directory: Directory, place_of: Callable[[Infer], tuple[int, float | None] | None]) -> list[TaskView]:
+    """All infers and wakes under way: those sent, then those that wait, oldest first.
+
+    Args:
+        directory: where they are.
+        place_of: of one that waits: its place in its line, and about how many seconds it will wait.
+    """
     now = trio.current_time()
     found = []
     for task in directory.tasks.values():
         session_id = None if task.channel is None else task.channel.session_id
+        assert task.row is not None
         name = task.row.llm.name
         if isinstance(task, Wake):
             found.append(TaskView(task.task_id, "wake", name, session_id, "sent", now - task.started_at))
         else:
             sent: Literal["sent", "answering"] = "sent" if task.first_byte_at is None else "answering"
             found.append(TaskView(task.task_id, "infer", name, session_id, sent, now - task.accepted_at))
-    for row in directory.rows.values():
-        for infer in row.waiting.values():
-            state: Literal["waking", "queued"] = "waking" if infer.phase == "wake" else "queued"
-            age_s = now - infer.accepted_at
-            found.append(TaskView(infer.task_id, "infer", row.llm.name, row.llm.session_id, state, age_s))
+    waiting = [
+        infer for pool in {id(row.pool): row.pool for row in directory.rows.values()}.values() for infer in pool.line
+    ]
+    for infer in sorted(waiting, key=lambda infer: infer.accepted_at):
+        assert infer.pool is not None
+        state: Literal["waking", "queued"] = "waking" if infer.phase == "wake" else "queued"
+        row = None if infer.only is None else infer.pool.rows[infer.only]
+        name = infer.only or infer.pool.name or infer.asked
+        session_id = None if row is None else row.llm.session_id
+        position, estimate_s = place_of(infer) or (None, None)
+        age_s = now - infer.accepted_at
+        found.append(TaskView(infer.task_id, "infer", name, session_id, state, age_s, position, estimate_s))
     return found

@@ -41,8 +41,9 @@ def nothing_is_left(monkeypatch):
         assert counted.accepted == counted.completed + counted.failed + counted.cancelled, counted
         assert (counted.waiting, counted.in_flight, counted.wakes_in_flight, counted.channels) == (0, 0, 0, 0), counted
         assert directory.tasks == {}
+        assert directory.held_slots == {}
         for name, row in directory.rows.items():
-            assert (row.in_flight, len(row.waiting), row.wake) == (0, 0, None), name
+            assert (row.in_flight, row.stopping, len(row.pool.line), row.wake) == (0, 0, 0, None), name
         for session_id, session in directory.sessions.items():
             assert (session.channel, session.pending, session.leaving) == (None, None, None), session_id
         held = sorted(task_id for session in directory.sessions.values() for task_id in session.settled)
@@ -51,5 +52,6 @@ def nothing_is_left(monkeypatch):
         assert channel.ended is not None
         assert channel.joined.is_set()
         assert channel.tasks == {}
+        assert channel.stopping == {}
     for heap in heaps:
         assert heap.armed == 0

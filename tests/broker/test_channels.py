@@ -313,6 +313,7 @@ async def test_an_old_channel_whose_transport_is_stuck_holds_nothing_up(autojump
         async with broker.open_channel("laptop") as stuck:
             await wait_all_tasks_blocked()
             old = broker.infer_nowait("qwen", CALL)
+            assert [frame.event for frame in await stuck.receive()] == ["hello", "infer"]
             async with broker.open_channel("laptop") as channel:
                 assert (await anext(channel)).event == "hello"
                 assert old.is_over

@@ -92,6 +92,7 @@ async def test_sessions_and_channels_come_and_go(autojump_clock):
         events = observe(broker)
         async with FakePublisher(broker, "laptop", ["qwen"]) as publisher:
             infer = broker.infer_nowait("qwen", CALL)
+            await publisher.next("infer")
             await publisher.connect()
             assert infer.is_over
             await publisher.goodbye()

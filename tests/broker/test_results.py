@@ -314,8 +314,9 @@ async def test_task_ids_are_never_used_twice(autojump_clock):
         ids = set()
         for _ in range(200):
             infer = broker.infer_nowait("qwen", CALL)
-            infer.cancel()
             ids.add(infer.task_id)
+            await publisher.next("infer")
+            infer.cancel()
         assert len(ids) == 200
         async with trio.open_nursery() as nursery:
             start_call(nursery, broker)

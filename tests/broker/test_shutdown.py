@@ -118,6 +118,7 @@ async def test_leaving_the_block_ends_everything_without_a_grace(autojump_clock)
             await nursery.start(hold)
             await wait_all_tasks_blocked()
             infers += [broker.infer_nowait(name, CALL) for name in ("qwen", "qwen", "phi")]
+            await wait_all_tasks_blocked()  # what nobody has taken would not be sent any more
             broker._end_all()
         assert all(infer.is_over for infer in infers)
     check_invariants(broker)

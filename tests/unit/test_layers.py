@@ -29,7 +29,9 @@ class Layer(NamedTuple):
 # A module belongs to the first layer that names it; "@" is the package's own `__init__`.
 LAYERS = {
     # Decisions and data: no Trio, no I/O, no clock.
-    "pure": Layer("lifecycle placement sweep frames models errors config addresses keys limits faults", "", ""),
+    "pure": Layer(
+        "lifecycle placement sweep frames models errors config addresses keys limits faults fairness health", "", ""
+    ),
     # SQL stands in one place; what everybody else sees is the protocol in store/base.py.
     "sqlite": Layer("store.sqlite store.migrations", "pure store", "trio sqlite_utils"),
     "store": Layer("store store.*", "pure", "trio"),
@@ -37,7 +39,7 @@ LAYERS = {
     "broker": Layer(
         "broker core publishing operating session wake task channel directory dispatch journal local registry access"
         " keyring upload views"
-        " bytestream deadlines",
+        " bytestream deadlines waking stopping infers placing",
         "pure store",
         "trio",
     ),
@@ -62,7 +64,7 @@ LAYERS = {
 
 # The only standard modules of the pure layer.
 PURE_STDLIB = (
-    "__future__ base64 collections dataclasses enum functools hashlib ipaddress itertools json math re string"
+    "__future__ base64 bisect collections dataclasses enum functools hashlib ipaddress itertools json math re string"
     " traceback types typing urllib"
 )
 
