@@ -193,7 +193,7 @@ async def test_whatever_no_route_ever_sees(caplog: pytest.LogCaptureFixture, db:
 
 async def test_on_the_way_of_an_infer_whatever_becomes_of_it(caplog: pytest.LogCaptureFixture, db: Path) -> None:
     """Completed, failed, broken off, out of time, its client gone, its wake failed, too large, too late."""
-    async with watched(caplog, db, first_byte_s=0.2, queue_s=0.2, max_body_bytes=100_000) as watch:
+    async with watched(caplog, db, first_byte_s=0.2, queue_s=0.2, cancel_lease_s=0.01, max_body_bytes=100_000) as watch:
         keyed, served = watch.keyed, watch.served
         call = {"model": "qwen", "messages": [{"role": "user", "content": PROMPT}]}
         stream = {**call, "stream": True}
