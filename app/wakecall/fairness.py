@@ -178,7 +178,9 @@ class _Class(Generic[T]):
             if flow is own:
                 turns = full_rounds
             elif turns:
-                total += min(len(flow.numbers), max(turns + math.floor(flow.deficit), 0))
+                given = max(turns + math.floor(flow.deficit), 0) if flow.deficit else turns
+                waiting = len(flow.numbers)
+                total += given if given < waiting else waiting
         return total
 
 

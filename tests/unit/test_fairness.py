@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from wakecall.fairness import FairLine, Lane
 
 ROWS = ("red", "blue")
+KEYS = (None, "a", "b")
 
 
 def nobody(item):
@@ -337,7 +338,7 @@ class FairLineMachine(RuleBasedStateMachine):
         self.popped = []
 
     @rule(
-        key=st.sampled_from([None, "a", "b", "c"]),
+        key=st.sampled_from(KEYS),
         lane=st.sampled_from([Lane.ANY, Lane.ANY, Lane.MOVED, *ROWS]),
         priority=st.sampled_from(["interactive", "interactive", "batch"]),
         count=st.integers(1, 4),
@@ -388,14 +389,17 @@ class FairLineMachine(RuleBasedStateMachine):
                 self.popped.append(entries[item])
 
     # Quarters, so that one sum is what many are.
-    @rule(
-        key=st.sampled_from([None, "a", "b", "c"]),
-        priority=st.sampled_from(["interactive", "batch"]),
-        quarters=st.sampled_from([-8, -4, -3, -2, -1, 1, 3, 8, 50]),
-    )
-    def charge(self, key, priority, quarters):
+    @precondition(lambda self: self.lists.came)
+    @rule(data=st.data(), quarters=st.sampled_from([-8, -4, -3, -2, -1, 1, 3, 8, 50]))
+    def charge(self, data, quarters):
+        _, key, _, priority = data.draw(st.sampled_from(self.lists.came))
         self.line.charge(key, priority, quarters / 4)
         self.lists.charge(key, priority, quarters / 4)
+
+    @rule(key=st.sampled_from(KEYS), priority=st.sampled_from(["interactive", "batch"]))
+    def charge_whether_it_waits_or_not(self, key, priority):
+        self.line.charge(key, priority, 1.0)
+        self.lists.charge(key, priority, 1.0)
 
     @rule()
     def ask_how_many_go_before(self):
@@ -413,7 +417,7 @@ class FairLineMachine(RuleBasedStateMachine):
             assert self.line.count(lane) == sum(entry[2] == lane for entry in came)
         for row in ROWS:
             assert self.line.oldest(row) == next((entry[0] for entry in came if entry[2] == row), None)
-        for key in (None, "a", "b", "c"):
+        for key in KEYS:
             assert self.line.count_key(key) == sum(entry[1] == key for entry in came)
 
 
