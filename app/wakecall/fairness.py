@@ -2,12 +2,13 @@
 
 How it works. There are two classes, and in each a ring of *flows*, one for each key that has something waiting. The flow at
 the head of the ring has the turn: it gives one infer and goes to the tail, so each of K keys has every K-th pop, however
-many another key has piled up. A flow that empties leaves the ring and is forgotten; one that comes joins at the tail, and so
-is never behind anybody's second infer. That is deficit round robin (M. Shreedhar, G. Varghese, "Efficient Fair Queueing
-using Deficit Round Robin", SIGCOMM 1995) with a quantum and a cost of one mean service: what a service really costs is
-known only when it is over, and `charge` corrects the flow's deficit then. Below zero, the flow owes: its turn pays one back,
-and it gives nothing. At a whole credit it gives one more in its turn. Where everybody owes, the rounds in which nobody would
-be served are counted, not walked.
+many another key has piled up. A flow that empties leaves the ring and is forgotten. One that comes joins at the tail, but
+before the flow that was served last: beside one key with a thousand waiting, another's infer has the very next slot.
+
+That is deficit round robin (M. Shreedhar, G. Varghese, "Efficient Fair Queueing using Deficit Round Robin", SIGCOMM 1995)
+with a quantum and a cost of one mean service: what a service really costs is known only when it is over, and `charge`
+corrects the flow's deficit then. Below zero, the flow owes: its turn pays one back, and it gives nothing. At a whole credit
+it gives one more in its turn. Where everybody owes, the rounds in which nobody would be served are counted, not walked.
 
 Not every infer may go to every row, so a flow keeps its infers in lanes, each first come first served, and a row takes the
 first come of all the lanes that are open to it. A flow with nothing for this row keeps its place in the ring for one that
@@ -87,19 +88,23 @@ class _Flow(Generic[T]):
 
 
 class _Class(Generic[T]):
-    """One class. `ring`: its flows, the one with the turn first. `lanes`: all of its infers, as they came."""
+    """One class. `ring`: its flows, the one with the turn first. `lanes`: all of its infers, as they came. `last`: the flow
+    that was served last."""
 
-    __slots__ = ("lanes", "ring", "size")
+    __slots__ = ("lanes", "last", "ring", "size")
 
     def __init__(self) -> None:
         self.ring: OrderedDict[str | None, _Flow[T]] = OrderedDict()
         self.lanes: dict[Lane | str, OrderedDict[T, int]] = {}
+        self.last: _Flow[T] | None = None
         self.size = 0
 
     def add(self, item: T, entry: _Entry, first: bool) -> None:
         flow = self.ring.get(entry.key)
         if flow is None:
             flow = self.ring[entry.key] = _Flow(entry.key)
+            if self.last is not None and self.last.key in self.ring:
+                self.ring.move_to_end(self.last.key)
         for lanes in (self.lanes, flow.lanes):
             lane = lanes.setdefault(entry.lane, OrderedDict())
             lane[item] = entry.number
@@ -160,6 +165,7 @@ class _Class(Generic[T]):
             flow.deficit += 1.0
             self.ring.move_to_end(flow.key)
         flow, item = chosen
+        self.last = flow
         if flow.deficit >= 1.0:
             flow.deficit -= 1.0
         else:

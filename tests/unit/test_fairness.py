@@ -159,14 +159,31 @@ def test_a_backlogged_key_is_served_at_least_every_k_pops(keys, seed):
         last[key] = pop
 
 
-def test_a_thousand_waiting_delay_another_key_by_one_pop():
-    """Its first one, and each one after it, whenever it comes."""
+def test_a_thousand_waiting_delay_another_key_by_one_pop_at_the_most():
+    """By none when it comes: then it waits for no more than the service that is under way. Its next ones by one each."""
     line = line_of({"many": 1000})
-    for number in range(200):
+    line.pop("red", nobody)
+    for number in range(100):
         line.add(("one", number), key="one", lane=Lane.ANY, priority="interactive")
-        assert line.ahead(("one", number)) <= 1
-        pops = [line.pop("red", nobody) for _ in range(2)]
-        assert ("one", number) in pops
+        line.add(("one", number, "more"), key="one", lane=Lane.ANY, priority="interactive")
+        for before, expected in [(0, ("one", number)), (1, ("one", number, "more"))]:
+            assert line.ahead(expected) == before
+            many = [line.pop("red", nobody) for _ in range(before)]
+            assert all(item.startswith("many") for item in many)
+            assert line.pop("red", nobody) == expected
+        assert line.pop("red", nobody).startswith("many")
+
+
+def test_a_key_that_comes_and_goes_is_served_no_more_often_than_one_that_stays():
+    """It goes before whoever was served last, and that is itself."""
+    line = line_of({"stays": 100})
+    order = []
+    for number in range(60):
+        for key in "ab":
+            if not line.count_key(key):
+                line.add((key, number), key=key, lane=Lane.ANY, priority="interactive")
+        order.append(line.pop("red", nobody)[0])
+    assert Counter(order) == {"s": 20, "a": 20, "b": 20}
 
 
 def test_ten_equal_keys_get_the_same():
@@ -229,9 +246,9 @@ def test_a_key_that_left_owes_nothing():
     line = line_of({"a": 1})
     line.pop("red", nobody)
     line.charge("a", "interactive", 8.0)
-    for key in "ab":
-        line.add(key, key=key, lane=Lane.ANY, priority="interactive")
-    assert drain(line) == ["a", "b"]
+    for item in ("a1", "a2", "b1", "b2"):
+        line.add(item, key=item[0], lane=Lane.ANY, priority="interactive")
+    assert drain(line) == ["b1", "a1", "b2", "a2"]
 
 
 def test_the_oldest_of_a_row_is_the_first_come_of_all_keys_and_classes():
@@ -272,6 +289,7 @@ class Lists:
     def __init__(self):
         self.came = []  # (item, key, lane, priority), as they came
         self.ring = {"interactive": [], "batch": []}  # [key, deficit, items], the one with the turn first
+        self.last = {}
         self.contested = 0
 
     def add(self, entry, first):
@@ -281,6 +299,8 @@ class Lists:
         if flow is None:
             flow = [key, 0.0, []]
             ring.append(flow)
+            if priority in self.last and self.last[priority] != key:
+                ring.sort(key=lambda flow: flow[0] == self.last[priority])
         if first:
             ring.remove(flow)
             ring.insert(0, flow)
@@ -321,6 +341,7 @@ class Lists:
                 ring.remove(flow)
                 ring.append(flow)
             if before >= 0:
+                self.last[priority] = flow[0]
                 item = next(each for each in flow[2] if each in open_to)
                 self.remove(item)
                 return item
