@@ -172,18 +172,19 @@ class _Class(Generic[T]):
             self.ring.move_to_end(flow.key)
         return item
 
-    def ahead(self, entry: _Entry) -> int:
-        """How many of this class go before it, if nobody comes or is charged, and one server takes from all lanes."""
-        own = self.ring[entry.key]
-        rank = bisect_left(own.numbers, entry.number)
+    def ahead(self, key: str | None, rank: int) -> int:
+        """How many of this class go before a key's infer which has `rank` others of the key before it, if nobody comes or
+        is charged, and one server takes from all lanes. A key without a flow: as if it joined now."""
+        own = self.ring.get(key)
         # A flow's floor of deficit is the rounds that it still only pays, or what it gives beyond one in its next turn.
-        full_rounds = max(rank - math.floor(own.deficit), 0)
+        full_rounds = 0 if own is None else max(rank - math.floor(own.deficit), 0)
+        behind = self.ring.get(self.last.key) if own is None and self.last is not None else None
         total = rank
         turns = full_rounds + 1
         for flow in self.ring.values():
             if flow is own:
-                turns = full_rounds
-            elif turns:
+                turns -= 1
+            elif turns and flow is not behind:
                 given = max(turns + math.floor(flow.deficit), 0) if flow.deficit else turns
                 waiting = len(flow.numbers)
                 total += given if given < waiting else waiting
@@ -283,9 +284,18 @@ class FairLine(Generic[T]):
             KeyError: it does not wait.
         """
         entry = self._entries[item]
-        within = self._class(entry.priority).ahead(entry)
+        rank = bisect_left(self._class(entry.priority).ring[entry.key].numbers, entry.number)
+        return self._ahead(entry.key, entry.priority, rank)
+
+    def ahead_of_next(self, key: str | None, priority: Priority) -> int:
+        """About how many would go before one of this key that came now."""
+        flow = self._class(priority).ring.get(key)
+        return self._ahead(key, priority, 0 if flow is None else len(flow.numbers))
+
+    def _ahead(self, key: str | None, priority: Priority, rank: int) -> int:
+        within = self._class(priority).ahead(key, rank)
         between = _BATCH_EVERY - 1
-        if entry.priority == "batch":
+        if priority == "batch":
             others = min(self._interactive.size, between - self._contested + between * within)
         else:
             others = min(self._batch.size, (self._contested + within) // between)

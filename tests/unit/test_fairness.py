@@ -279,6 +279,11 @@ def test_ahead_is_how_many_go_before_it(seed):
         line.discard(number)
     for _ in range(random_.randrange(40)):
         line.pop("red", nobody)
+    for key, priority in itertools.product(["a", "new"], ["interactive", "batch"]):
+        before = line.ahead_of_next(key, priority)
+        line.add("next", key=key, lane=Lane.ANY, priority=priority)
+        assert line.ahead("next") == before
+        line.discard("next")
     told = {item: line.ahead(item) for item in line}
     assert told == {item: index for index, item in enumerate(drain(line))}
 
@@ -346,6 +351,9 @@ class Lists:
                 self.remove(item)
                 return item
             flow[1] += 1
+
+    def drain(self):
+        return list(iter(lambda: self.pop(lambda entry: True), None))
 
 
 class FairLineMachine(RuleBasedStateMachine):
@@ -425,8 +433,12 @@ class FairLineMachine(RuleBasedStateMachine):
     @rule()
     def ask_how_many_go_before(self):
         future = copy.deepcopy(self.lists)
-        order = list(iter(lambda: future.pop(lambda entry: True), None))
+        order = future.drain()
         assert {item: self.line.ahead(item) for item in self.line} == {item: index for index, item in enumerate(order)}
+        for key, priority in itertools.product(KEYS, ["interactive", "batch"]):
+            with_it = copy.deepcopy(self.lists)
+            with_it.add(("next", key, Lane.ANY, priority), first=False)
+            assert self.line.ahead_of_next(key, priority) == with_it.drain().index("next")
 
     @invariant()
     def says_what_waits(self):
