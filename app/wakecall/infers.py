@@ -121,6 +121,10 @@ class Infers:
         self.enter_phase(infer)
         if place.decision.wake is not None:
             self.waker.want(infer.pool.rows[place.decision.wake])
+        for row in self.placer.candidates(infer):
+            # Those that wait may be waiting for others than the one that is free.
+            if self.placer.has_slot(row):
+                self.pump(row)
 
     # Waiting --------------------------------------------------------------------------------------------------------
 

@@ -82,13 +82,9 @@ class Placer:
             waiting = pool.waiting + (0 if target.only is None else line.count(target.only))
         before = 0
         if waiting:
-            # Its place in the line is known once it stands there.
-            if infer in line:
-                before = max(line.ahead(infer), 1)
-            else:
-                self.add_to_line(infer, target, first=False)
-                before = max(line.ahead(infer), 1)
-                line.discard(infer)
+            key = None if infer.claim is None else infer.claim.caller.key_id
+            before = line.ahead(infer) if infer in line else line.ahead_of_next(key, infer.request.priority)
+            before = max(before, 1)  # whoever waits for what it would have goes first, if it can be had
         patience_s = min(self.queue_s(target), infer.total_until - now)
         load = LineLoad(before, waiting, self._room(infer, target), patience_s)
         return choose(rows, load, infer.request.affinity)
@@ -131,6 +127,11 @@ class Placer:
             wake_is_measured=health.wake_s is not None,
             last_sent_at=row.last_sent_at,
         )
+
+    def has_slot(self, row: Row) -> bool:
+        """Whether a row could take an infer now, if its health and those who hold it allow."""
+        most = row.llm.max_concurrency
+        return row.llm.status is Status.ACTIVE and (most is None or row.in_flight + row.stopping < most)
 
     def add_to_line(self, infer: Infer, target: Target, *, first: bool) -> None:
         key = None if infer.claim is None else infer.claim.caller.key_id
