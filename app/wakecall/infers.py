@@ -329,12 +329,16 @@ class Infers:
 
     def _requeue(self, infer: Infer) -> None:
         """Its frame never left: it waits again, before all others of its key."""
-        pool, only = infer.pool, infer.only
-        assert pool is not None
         self._leave_channel(infer)  # its id is still its own
         self._wait_again(infer)
+        target = self._directory.find_target(infer.route[infer.stage])
+        if target is None:
+            infer.pool = infer.only = None  # it has been in no line since its pool went
+            self.settle(infer, "failed", ModelOffline())
+            return
+        infer.pool, infer.only = target
         infer.deadline = Deadline(partial(self._on_waiting_due, infer))
-        self.placer.add_to_line(infer, Target(pool, only), first=True)
+        self.placer.add_to_line(infer, target, first=True)
         self.enter_phase(infer)
 
     def _wait_again(self, infer: Infer) -> None:

@@ -206,10 +206,12 @@ class Waker:
             channel.send_cancel(wake.task_id, cancel)
         elif cancel is not None:
             channel.withdraw(wake.task_id)
-        self._put_to_sleep(wake)
         if outcome == "succeeded":
             self._dispatcher.step(row, RowEvent.WOKEN, bump=True)
+            # Only now: with nobody awake, whoever waits for one of these would have it woken at once.
+            self._put_to_sleep(wake)
             return
+        self._put_to_sleep(wake)
         assert error is not None
         for infer in waiters:
             # Whoever may go elsewhere does; this row he has tried.
