@@ -25,6 +25,7 @@ from .keyring import Caller, Claim
 from .models import (
     LLM,
     InferRequest,
+    ModelView,
 )
 from .operating import Operating
 from .publishing import Publishing
@@ -89,6 +90,16 @@ class Broker(Publishing, Operating):
         if caller is not None and not caller.may_use(name):
             raise ModelNotFound
         return self._find_row(name).llm
+
+    def models(self, caller: Caller | None = None) -> list[ModelView]:
+        """All that can be called, by name: aliases, rows and pools; with a caller, those alone that he may use."""
+        return self._naming.models(_anything if caller is None else caller.may_use)
+
+    def model(self, name: str, caller: Caller | None = None) -> ModelView:
+        """What is called by a name. Raises ModelNotFound: nothing, or nothing for this caller."""
+        if caller is not None and not caller.may_use(name):
+            raise ModelNotFound
+        return self._naming.model(name)
 
     def infer_nowait(self, name: str, request: InferRequest, *, claim: Claim | None = None) -> Infer:
         """Take an infer on. Whoever holds what this returns must call its `cancel` when he leaves.
@@ -160,6 +171,10 @@ class Broker(Publishing, Operating):
                 self._registry.sweep_nowait()  # a store that hangs must not keep dead rows alive
             except Exception as error:
                 logger.error("a sweep failed: %s", stacks_of(error))
+
+
+def _anything(name: str) -> bool:
+    return True
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from .errors import ModelNotFound
 from .faults import stacks_of
 from .journal import Journal
 from .models import Event, Snapshot, Statistics
+from .naming import Naming
 from .registry import Registry
 from .store.base import Store
 from .upload import Intake
@@ -39,6 +40,7 @@ class Core:
         self._intake = Intake(self._directory, self._dispatcher)
         self._registry = Registry(self._directory, self._dispatcher, lambda: self._nursery)
         self._access = Access(self._directory, self._dispatcher, self._registry)
+        self._naming = Naming(self._directory, self._dispatcher, self._registry)
         self._directory.load(snapshot)
         self._access.load()
 

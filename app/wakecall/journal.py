@@ -28,7 +28,7 @@ _LAST_RETRY_S = 5.0
 #: A commit under way for so long counts as a fault, in seconds.
 _SLOW_S = 10.0
 
-#: Rows, sessions and keys.
+#: Rows, sessions, keys and aliases.
 _MOST_UNWRITTEN = 100_000
 
 
@@ -102,7 +102,7 @@ class Journal:
     def is_overfull(self) -> bool:
         """Whether a store that fails or hangs has left so much here that no new names may come: what is deleted is kept too
         until that is written, so publishers that come and go would fill the memory."""
-        return len(self._llms) + len(self._sessions) + len(self._keys) > _MOST_UNWRITTEN
+        return len(self._llms) + len(self._sessions) + len(self._keys) + len(self._aliases) > _MOST_UNWRITTEN
 
     def commit(self) -> Commit:
         """The commit that carries everything put so far. Call it in the step that put it."""

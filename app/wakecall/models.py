@@ -23,6 +23,7 @@ __all__ = [
     "Kind",
     "LLMSpec",
     "LLMView",
+    "ModelView",
     "NewKey",
     "PoolView",
     "Priority",
@@ -301,6 +302,21 @@ class AliasView:
 
     alias: Alias
     routable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """What a client may name: a row, a pool or an alias.
+
+    The status of the last two is that of their rows' which is nearest to an answer; inactive, if there is none.
+    """
+
+    name: str
+    kind: Literal["virtual", "public", "pool", "alias"]
+    status: Status
+    type: str
+    owner: str
+    created_at: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,24 @@ from contextlib import suppress
 from . import views
 from .core import Core
 from .errors import NotFound, SessionNotFound
-from .models import KeyView, LLMView, NewKey, PoolView, Role, SessionView, SweepReport, TaskView
+from .models import (
+    AliasView,
+    Hold,
+    KeyView,
+    LLMView,
+    NewKey,
+    PoolView,
+    Role,
+    SessionView,
+    SweepReport,
+    TaskView,
+)
 
 __all__ = ["Operating"]
 
 
 class Operating(Core):
-    """Keys, rows, sessions and owners, as operators see and change them."""
+    """Keys, rows, names, sessions and owners, as operators see and change them."""
 
     # Keys -----------------------------------------------------------------------------------------------------------
 
@@ -119,6 +130,63 @@ class Operating(Core):
         """Delete a row of any kind; its infers fail. Raises ModelNotFound, StoreUnavailable."""
         self._registry.delete_llm_nowait(name)
         await self._journal.commit().wait()
+
+    async def hold(self, name: str, hold: Hold) -> list[LLMView]:
+        """Keep new infers from a row, or from all rows of a pool, until `resume`. What is in flight finishes.
+
+        It stands beside the status, and no register, heartbeat or restart takes it away.
+
+        Args:
+            name: the row's or the pool's; aliases are not followed.
+            hold: `drain`: what waits for the row by name is still served. `pause`: nothing more is sent.
+
+        Returns:
+            The rows, by name.
+
+        Raises:
+            ModelNotFound: there is neither.
+            StoreUnavailable: it is held, but that is not committed yet.
+        """
+        return await self._set_hold(name, hold)
+
+    async def resume(self, name: str) -> list[LLMView]:
+        """Take the operator's hold from a row or a pool's rows; a publisher's own pause stays. As `hold`."""
+        return await self._set_hold(name, None)
+
+    async def _set_hold(self, name: str, hold: Hold | None) -> list[LLMView]:
+        names = self._naming.hold_nowait(name, hold)
+        await self._journal.commit().wait()
+        rows = self._directory.rows
+        return [views.view_llm(rows[each]) for each in names if each in rows]
+
+    # Names ----------------------------------------------------------------------------------------------------------
+
+    def alias_views(self) -> list[AliasView]:
+        """All aliases by name."""
+        return self._naming.alias_views()
+
+    async def put_alias(self, name: str, targets: Sequence[str]) -> AliasView:
+        """Make or change an alias. It comes before a row or pool of its name.
+
+        Args:
+            name: what clients ask for.
+            targets: names of rows and pools, each once: what it leads to, then at most eight fallbacks in their order. One
+                that is not there yet may come. An alias's own name means the row or pool of that name.
+
+        Raises:
+            InvalidRequest, TooMany: what is asked cannot be.
+            StoreUnavailable: it is there, but not committed yet; or it is new, and the store is too far behind.
+        """
+        alias = self._naming.put_alias_nowait(name, targets)
+        await self._journal.commit().wait()
+        return self._naming.alias_view(alias)
+
+    async def delete_alias(self, name: str) -> None:
+        """Delete an alias; what waits goes on. Raises NotFound, StoreUnavailable."""
+        self._naming.delete_alias_nowait(name)
+        await self._journal.commit().wait()
+
+    # Owners and ends ------------------------------------------------------------------------------------------------
 
     async def hand_over_session(self, session_id: str, owner: str) -> SessionView:
         """Make a session, with its rows, another owner's. Its channel ends: whoever holds it is not the new owner.

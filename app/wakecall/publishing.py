@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, cast
 from .core import Core
 from .errors import InvalidRequest
 from .local import Handler, WakeHandler, publish
-from .models import LOCAL_OWNER, HeartbeatReply, InferRequest, LLMSpec, Registered, Status
+from .models import LLM, LOCAL_OWNER, HeartbeatReply, InferRequest, LLMSpec, Registered, Status
 from .session import Channel
 from .upload import Upload
 from .wake import Wake
@@ -82,6 +82,38 @@ class Publishing(Core):
         reply = self._registry.heartbeat_nowait(session_id, statuses or {}, tasks, owner)
         await self._journal.commit().wait()
         return reply
+
+    async def pause_session(
+        self, session_id: str, llms: Sequence[str] | None = None, *, owner: str = LOCAL_OWNER
+    ) -> dict[str, LLM]:
+        """Keep new infers from a session's rows until `resume_session`. What is in flight finishes; what waits stays.
+
+        It stands beside the status and the operator's hold, and no register, heartbeat or restart takes it away.
+
+        Args:
+            session_id: whose rows.
+            llms: which of them; None: all that it has now.
+            owner: of the session.
+
+        Returns:
+            All rows of the session, by name.
+
+        Raises:
+            SessionNotFound: register first.
+            ModelNotFound, InvalidRequest, TooMany: the session has no such row; that is no name; those are too many.
+            StoreUnavailable: it is done, but not committed yet.
+        """
+        rows = self._naming.pause_nowait(session_id, llms, owner, paused=True)
+        await self._journal.commit().wait()
+        return rows
+
+    async def resume_session(
+        self, session_id: str, llms: Sequence[str] | None = None, *, owner: str = LOCAL_OWNER
+    ) -> dict[str, LLM]:
+        """Take the pause from a session's rows; an operator's hold stays. As `pause_session`."""
+        rows = self._naming.pause_nowait(session_id, llms, owner, paused=False)
+        await self._journal.commit().wait()
+        return rows
 
     async def goodbye(self, session_id: str, *, owner: str = LOCAL_OWNER) -> None:
         """End a session: its rows are withdrawn, its tasks fail, its channel gets `bye`.

@@ -38,7 +38,7 @@ LAYERS = {
     # Trio, but neither HTTP nor SQL nor a socket.
     "broker": Layer(
         "broker core publishing operating session wake task channel directory dispatch journal local registry access"
-        " keyring upload views"
+        " keyring upload views naming"
         " bytestream deadlines waking stopping infers placing",
         "pure store",
         "trio",
