@@ -168,7 +168,9 @@ def client_json(data: bytes) -> None:
         else:
             assert error.code == code, (error.code, code)
     else:
-        assert (code, wanted) == ("", tuple(found))
+        assert (code, wanted) == ("", (found.model, found.stream))
+        assert found.affinity is None or len(found.affinity) == 8
+        assert sniff(data, "application/json", b"another").affinity != found.affinity or found.affinity is None
 
 
 # Forms ---------------------------------------------------------------------------------------------------------------

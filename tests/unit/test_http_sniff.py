@@ -37,7 +37,7 @@ FILE = ('form-data; name="file"; filename="model"', bytes(range(256)) * 40 + b"\
     ],
 )
 def test_json_names_its_model_and_whether_it_streams(body: bytes, found: Asked) -> None:
-    assert sniff(body, JSON) == found
+    assert sniff(body, JSON)[:2] == found[:2]
 
 
 def test_any_other_content_type_is_read_as_json() -> None:

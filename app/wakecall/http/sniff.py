@@ -1,4 +1,4 @@
-"""What a client's body says of `model` and `stream`, and nothing else.
+"""What a client's body says of `model` and `stream`, what tells its conversation (`affinity`), and nothing else.
 
 The body goes on byte for byte, so it is looked into, never rebuilt. JSON: msgspec walks it once, skipping every value, and
 hands each top-level key to a hook of ours, repeated ones too. Multipart (RFC 7578): the parts' headers are found between
@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from ..errors import AmbiguousModel, InvalidRequest, ModelRequired, TooMany
+from .affinity import HINTS, affinity_of
 from .parsing import check_bounds, json_error
 
 __all__ = ["FLAG_PATTERN", "MAX_FIELD_BYTES", "Asked", "sniff"]
@@ -46,18 +47,20 @@ _DISPOSITION: Final = re.compile(rf"[ \t]*form-data[ \t]*(?:{_PARAMETER.pattern}
 
 
 class Asked(NamedTuple):
-    """The name that a client calls, and whether it wants a stream."""
+    """The name that a client calls, whether it wants a stream, and what its calls of one conversation have in common."""
 
     model: str
     stream: bool
+    affinity: bytes | None = None
 
 
-def sniff(body: bytes, content_type: str) -> Asked:
-    """Find `model` and `stream`.
+def sniff(body: bytes, content_type: str, caller: bytes = b"") -> Asked:
+    """Find `model`, `stream`, and in JSON what tells the conversation.
 
     Args:
         body: the client's, whole.
         content_type: `multipart/form-data` is read as such; anything else as JSON, as engines do.
+        caller: whose body it is, for `affinity.affinity_of`.
 
     Raises:
         InvalidJson: not well-formed.
@@ -69,7 +72,7 @@ def sniff(body: bytes, content_type: str) -> Asked:
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
         return _sniff_multipart(body, content_type)
-    return _sniff_json(body)
+    return _sniff_json(body, caller)
 
 
 # JSON ---------------------------------------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ _text: Final = msgspec.json.Decoder(str)
 _flag: Final = msgspec.json.Decoder(bool | None)
 
 
-def _sniff_json(body: bytes) -> Asked:
+def _sniff_json(body: bytes, caller: bytes) -> Asked:
     try:
         if len(body) <= _SMALL_BYTES:
             members = _members.decode(body)
@@ -119,11 +122,17 @@ def _sniff_json(body: bytes) -> Asked:
         raise TooMany(_TOO_MANY)
     check_bounds(body)
     found: dict[str, msgspec.Raw] = {}
+    hints: dict[str, msgspec.Raw] = {}
     for key, value in members.items():
-        _note(found, key.text, value)
+        if key.text in HINTS:
+            hints[key.text] = value
+        else:
+            _note(found, key.text, value)
     if "model" not in found or bytes(found["model"]) == b"null":
         raise ModelRequired(param="model")
-    return Asked(_decoded(_text, found["model"], "model"), bool(_decoded(_flag, found.get("stream"), "stream")))
+    model = _decoded(_text, found["model"], "model")
+    stream = bool(_decoded(_flag, found.get("stream"), "stream"))
+    return Asked(model, stream, affinity_of(hints, caller))
 
 
 def _note(found: dict[str, Any], key: str, value: Any) -> None:
