@@ -21,12 +21,12 @@ from ..errors import (
     StoreUnavailable,
 )
 from ..keys import MAX_PATTERNS, NAMES_PATTERN, OWNER_PATTERN
-from ..models import KeyView, Kind, LLMView, Role, SessionView, Status, TaskView, is_llm_name
+from ..models import Hold, KeyView, Kind, LLMView, Role, SessionView, Status, TaskView, is_llm_name
 from .answers import Answer, json_answer, no_content
 from .calls import Call
 from .routes import Id, Instant, Name, Routes
 
-__all__ = ["Key", "MadeKey", "add_admin_routes", "describe_key"]
+__all__ = ["LLM", "Key", "LLMList", "MadeKey", "add_admin_routes", "describe_key", "describe_llm"]
 
 #: An operator's key that has less to live, in seconds, is not one to be left alone with.
 _LASTING_S: Final = 3600.0
@@ -127,10 +127,21 @@ class LLM(msgspec.Struct, frozen=True):
     last_heartbeat_at: Annotated[str, Instant]
     inactive_since: Annotated[str, Instant] | None
     max_concurrency: int | None
+    pool: Annotated[str, Name] | None
+    group: Annotated[str, Name] | None
+    wake_s: float | None
+    queue_s: float | None
+    first_byte_s: float | None
+    idle_s: float | None
+    total_s: float | None
+    hold: Hold | None
+    paused: bool
     in_flight: int
+    stopping: int
     waiting: int
     waking: bool
     routable: bool
+    penalty: float
 
 
 class Agent(msgspec.Struct, frozen=True):
@@ -153,7 +164,7 @@ class Session(msgspec.Struct, frozen=True):
 
 
 class Task(msgspec.Struct, frozen=True):
-    """An infer or a wake under way."""
+    """An infer or a wake under way. `position` (1: next) and `estimate_s` (until it is sent) are of those that wait."""
 
     task_id: Annotated[str, Id]
     kind: Literal["infer", "wake"]
@@ -161,6 +172,8 @@ class Task(msgspec.Struct, frozen=True):
     session_id: Annotated[str, Id] | None
     state: Literal["waking", "queued", "sent", "answering"]
     age_s: float
+    position: int | None
+    estimate_s: float | None
 
 
 class LLMList(msgspec.Struct, frozen=True):
@@ -195,12 +208,12 @@ def add_admin_routes(routes: Routes, broker: Broker) -> None:
     @routes.add("GET", "/admin/v1/llms", role="admin", answer=LLMList)
     async def list_llms(call: Call) -> Answer:
         """List all rows."""
-        return json_answer(LLMList([_llm(view) for view in broker.llm_views()]))
+        return json_answer(LLMList([describe_llm(view) for view in broker.llm_views()]))
 
     @routes.add("GET", _LLM_PATH, role="admin", answer=LLM, errors=(ModelNotFound,))
     async def get_llm(call: Call, name: str) -> Answer:
         """Show one row."""
-        return json_answer(_llm(broker.llm_view(name)))
+        return json_answer(describe_llm(broker.llm_view(name)))
 
     @routes.add("PUT", _LLM_PATH, role="admin", body=PublicLLM, answer=LLM, errors=(LLMIsVirtual, StoreUnavailable))
     async def put_llm(call: Call, name: str, said: PublicLLM) -> Answer:
@@ -216,7 +229,7 @@ def add_admin_routes(routes: Routes, broker: Broker) -> None:
         if said.key_env is not None and not re.fullmatch(_KEY_ENV, said.key_env):
             raise InvalidRequest("A key is read from a variable named WAKECALL_UPSTREAM_….", param="key_env")
         view = await broker.put_public_llm(name, type=said.type, model=said.model, url=said.url, key_env=said.key_env)
-        return json_answer(_llm(view))
+        return json_answer(describe_llm(view))
 
     @routes.add("DELETE", _LLM_PATH, role="admin", answer=None, errors=(ModelNotFound, StoreUnavailable))
     async def delete_llm(call: Call, name: str) -> Answer:
@@ -256,7 +269,7 @@ def add_admin_routes(routes: Routes, broker: Broker) -> None:
     @routes.add("PATCH", _LLM_PATH, role="admin", body=NewOwner, answer=LLM, errors=(ModelNotFound, StoreUnavailable))
     async def change_llm(call: Call, name: str, said: NewOwner) -> Answer:
         """Hand a row over to another owner."""
-        return json_answer(_llm(await broker.hand_over_llm(name, said.owner)))
+        return json_answer(describe_llm(await broker.hand_over_llm(name, said.owner)))
 
     @routes.add("GET", "/admin/v1/keys", role="admin", answer=KeyList)
     async def list_keys(call: Call) -> Answer:
@@ -322,7 +335,8 @@ def _check_url(url: str) -> None:
         raise InvalidRequest("An upstream's address has no query and no fragment.", param="url")
 
 
-def _llm(view: LLMView) -> LLM:
+def describe_llm(view: LLMView) -> LLM:
+    """A row as operators see it."""
     llm = view.llm
     return LLM(
         name=llm.name,
@@ -335,10 +349,21 @@ def _llm(view: LLMView) -> LLM:
         last_heartbeat_at=_instant(llm.last_heartbeat_at),
         inactive_since=None if llm.inactive_since is None else _instant(llm.inactive_since),
         max_concurrency=llm.max_concurrency,
+        pool=llm.pool,
+        group=llm.group,
+        wake_s=llm.wake_s,
+        queue_s=llm.queue_s,
+        first_byte_s=llm.first_byte_s,
+        idle_s=llm.idle_s,
+        total_s=llm.total_s,
+        hold=llm.hold,
+        paused=llm.paused,
         in_flight=view.in_flight,
+        stopping=view.stopping,
         waiting=view.waiting,
         waking=view.waking,
         routable=view.routable,
+        penalty=round(view.penalty, 3),
     )
 
 
@@ -381,6 +406,8 @@ def _task(view: TaskView) -> Task:
         session_id=view.session_id,
         state=view.state,
         age_s=round(view.age_s, 3),
+        position=view.position,
+        estimate_s=None if view.estimate_s is None else round(view.estimate_s, 3),
     )
 
 

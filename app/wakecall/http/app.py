@@ -24,6 +24,7 @@ from .client import add_client_routes
 from .cors import Cors
 from .errors import from_http_exception
 from .guard import BodyBudget, Guard, GuardSettings, current_exchange_of
+from .naming import add_naming_routes
 from .ops import add_ops_routes
 from .publisher import add_publisher_routes
 from .routes import Routes
@@ -66,6 +67,7 @@ def create_app(broker: Broker, *, loopback_only: bool = True, cors: Iterable[str
     add_client_routes(routes, broker)
     add_publisher_routes(routes, broker)
     add_admin_routes(routes, broker)
+    add_naming_routes(routes, broker)
     add_ops_routes(routes, broker)
     app.extensions["wakecall.routes"] = routes
     guard = Guard(

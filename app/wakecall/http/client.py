@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, cast
 
 import msgspec
 
@@ -22,18 +22,32 @@ from ..errors import (
     WakeTimeout,
 )
 from ..keyring import Claim
-from ..models import LLM, InferRequest, Kind, Status
+from ..models import InferRequest, ModelView, Priority, Status
 from .answers import Answer, StreamBody, json_answer
 from .auth import check_again
 from .calls import Call, look_into, refuse_encoded
 from .errors import rate_headers
 from .relay import PASSED_TYPES, pass_on
-from .routes import HELD_BODY, Media, Name, Routes
+from .routes import HELD_BODY, Header, Media, Name, Routes
 from .sniff import FLAG_PATTERN, MAX_FIELD_BYTES, sniff
 
 __all__ = ["RELAYED", "add_client_routes"]
 
 _MAX_HEADER_CHARS: Final = 1024
+
+_PRIORITY: Final = Header(
+    "x-wakecall-priority",
+    "(interactive|batch)",
+    "A priority is interactive or batch.",
+    "`batch`: what is interactive comes first. `interactive` when left out.",
+)
+_TIMEOUT: Final = Header(
+    "x-wakecall-timeout-s",
+    # More than 0, and at most 86400.
+    r"(?=.*[1-9])([0-9]{1,4}|[1-7][0-9]{4}|8[0-5][0-9]{3}|86[0-3][0-9]{2}|86400(?![.]0*[1-9]))([.][0-9]{1,18})?",
+    "A timeout is a number of seconds, more than 0 and at most 86400.",
+    "The most that the call may take in all, in seconds, where that is less than it would have.",
+)
 
 #: All that is ever relayed.
 RELAYED: Final = (
@@ -55,7 +69,7 @@ RELAYED: Final = (
 class RelayedRequest(msgspec.Struct, frozen=True):
     """What the broker reads of a request. All else is the engine's business, and goes on as it came."""
 
-    model: Annotated[str, msgspec.Meta(description="The name of a row.")]
+    model: Annotated[str, msgspec.Meta(description="The name of a row, a pool or an alias.")]
     stream: bool | None = None
 
 
@@ -65,7 +79,7 @@ class RelayedForm(msgspec.Struct, frozen=True):
     model: Annotated[
         str,
         msgspec.Meta(
-            description=f"The name of a row, in at most {MAX_FIELD_BYTES} bytes.",
+            description=f"The name of a row, a pool or an alias, in at most {MAX_FIELD_BYTES} bytes.",
             extra_json_schema={"maxLength": MAX_FIELD_BYTES},
         ),
     ]
@@ -73,15 +87,15 @@ class RelayedForm(msgspec.Struct, frozen=True):
 
 
 class ModelState(msgspec.Struct, frozen=True):
-    """How a row stands."""
+    """How a model stands; a pool or an alias as the best of its rows does."""
 
     status: Status
-    kind: Kind
+    kind: Literal["virtual", "public", "pool", "alias"]
     type: str
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A row as OpenAI's API shows a model."""
+    """A row, a pool or an alias, as OpenAI's API shows a model."""
 
     id: Annotated[str, Name]
     created: int
@@ -91,7 +105,7 @@ class Model(msgspec.Struct, frozen=True):
 
 
 class ModelList(msgspec.Struct, frozen=True):
-    """All rows that the caller may use."""
+    """All rows, pools and aliases that the caller may use."""
 
     data: list[Model]
     object: Literal["list"] = "list"
@@ -114,10 +128,13 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
         path = call.request.path
         with _claim(broker, call) as claim:
             refuse_encoded(call)
+            priority = cast("Priority", _PRIORITY.read(call) or "interactive")
+            timeout_s = _TIMEOUT.read(call)
             body = await call.exchange.read_body(config.max_body_bytes)
             headers = call.request.headers
             content_type = _short(headers.get("content-type"), "Content-Type") or "application/json"
-            asked = await look_into(body, lambda body: sniff(body, content_type))
+            whose = (call.caller.key_id or "").encode()
+            asked = await look_into(body, lambda body: sniff(body, content_type, whose))
             check_again(broker, call.caller)
             infer = broker.infer_nowait(
                 asked.model,
@@ -128,6 +145,9 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
                     accept=_short(headers.get("accept"), "Accept"),
                     stream=asked.stream,
                     request_id=call.exchange.request_id,
+                    priority=priority,
+                    timeout_s=None if timeout_s is None else float(timeout_s),
+                    affinity=asked.affinity,
                 ),
                 claim=claim,
             )
@@ -135,7 +155,9 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
         call.exchange.on_disconnect(infer.cancel)
         answer = None
         try:
-            answer = await pass_on(infer, call.exchange, path, config, wants_stream=asked.stream)
+            answer = await pass_on(
+                infer, call.exchange, path, config, wants_stream=asked.stream, place_of=broker.place_of
+            )
         finally:
             if answer is None or not isinstance(answer.response, StreamBody):
                 infer.cancel()
@@ -147,6 +169,7 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
             path,
             name=f"relay_{path.removeprefix('/v1/').replace('/', '_')}",
             role="client",
+            headers=(_PRIORITY, _TIMEOUT),
             body=_REQUEST,
             answer={"2XX": _ANSWER, "3XX": _ANSWER, "4XX": _ENGINES_ERROR, "5XX": _ENGINES_ERROR},
             errors=(
@@ -168,12 +191,12 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
     @routes.add("GET", "/v1/models", role="client", answer=ModelList)
     async def list_models(call: Call) -> Answer:
         """List all models, sleeping and offline ones too."""
-        return json_answer(ModelList([_describe(llm) for llm in broker.llms(call.caller)]))
+        return json_answer(ModelList([_describe(model) for model in broker.models(call.caller)]))
 
     @routes.add("GET", "/v1/models/<path:name>", role="client", answer=Model, errors=(ModelNotFound,))
     async def get_model(call: Call, name: str) -> Answer:
         """Show one model."""
-        return json_answer(_describe(broker.llm(name, call.caller)))
+        return json_answer(_describe(broker.model(name, call.caller)))
 
 
 def _claim(broker: Broker, call: Call) -> Claim:
@@ -205,10 +228,10 @@ def _short(value: str | None, header: str) -> str | None:
     return value
 
 
-def _describe(llm: LLM) -> Model:
+def _describe(model: ModelView) -> Model:
     return Model(
-        id=llm.name,
-        created=int(llm.created_at),
-        owned_by=llm.owner,
-        wakecall=ModelState(llm.status, llm.kind, llm.type),
+        id=model.name,
+        created=int(model.created_at),
+        owned_by=model.owner,
+        wakecall=ModelState(model.status, model.kind, model.type),
     )

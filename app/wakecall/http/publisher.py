@@ -15,6 +15,7 @@ from ..errors import (
     InvalidRequest,
     LLMIsPublic,
     LLMNameTaken,
+    ModelNotFound,
     OffsetGap,
     ResultInProgress,
     SessionNotFound,
@@ -28,7 +29,7 @@ from ..errors import (
     UnsupportedEncoding,
     WakecallError,
 )
-from ..models import HeartbeatReply, LLMSpec, Registered, Status, is_id, is_llm_name
+from ..models import LLM, HeartbeatReply, LLMSpec, Registered, Status, is_id, is_llm_name
 from ..upload import Upload
 from .answers import PIECE_BYTES, Answer, StreamBody, json_answer, no_content, stream_answer
 from .calls import Call, refuse_encoded
@@ -53,9 +54,10 @@ _OFFSET_IN_RESULT: Final = Header(
     "How many bytes of the answer come before this piece. Required where there were pieces before.",
 )
 _OFFSET: Final = replace(_OFFSET_IN_RESULT, is_required=True, refusal="A piece says where it begins, in bytes.")
-_LONGEST_WAKE_S: Final = 86_400
+_LONGEST_S: Final = 86_400
 
 _Alive = Literal["active", "hibernating"]
+_Budget = Annotated[float, msgspec.Meta(gt=0, le=_LONGEST_S)]
 
 
 class OfferedLLM(msgspec.Struct, frozen=True):
@@ -66,9 +68,14 @@ class OfferedLLM(msgspec.Struct, frozen=True):
     model: str | None = None
     status: _Alive | None = None
     max_concurrency: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
-    wake_s: Annotated[float, msgspec.Meta(gt=0, le=_LONGEST_WAKE_S)] | None = None
+    wake_s: _Budget | None = None
     cancel: Literal["abort", "drain"] | None = None
-    pool: str | None = None
+    pool: Annotated[str, Name] | None = None
+    group: Annotated[str, Name] | None = None
+    queue_s: _Budget | None = None
+    first_byte_s: _Budget | None = None
+    idle_s: _Budget | None = None
+    total_s: _Budget | None = None
 
 
 class RegisteringAgent(msgspec.Struct, frozen=True):
@@ -94,6 +101,25 @@ class Heartbeat(msgspec.Struct, frozen=True):
 
     llms: dict[str, _AliveText] | None = None
     tasks: list[Annotated[str, Id]] | None = None
+
+
+class Which(msgspec.Struct, frozen=True):
+    """Some rows of a session; left out: all that it has now."""
+
+    llms: list[Annotated[str, Name]] | None = None
+
+
+class Pausable(msgspec.Struct, frozen=True):
+    """A row's status, and whether its publisher has paused it: the one says nothing of the other."""
+
+    status: Status
+    paused: bool
+
+
+class Paused(msgspec.Struct, frozen=True):
+    """All rows of the session."""
+
+    llms: dict[str, Pausable]
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -155,6 +181,9 @@ def add_publisher_routes(routes: Routes, broker: Broker) -> None:
             # (What is no name at all is the broker's to refuse.)
             if is_llm_name(llm.name) and not call.caller.may_use(llm.name):
                 raise Forbidden("This key does not publish under this name.", param=f"llms[{index}].name")
+            # A pool is a name that clients call, too.
+            if llm.pool is not None and is_llm_name(llm.pool) and not call.caller.may_use(llm.pool):
+                raise Forbidden("This key does not publish under this name.", param=f"llms[{index}].pool")
         registered = await broker.register(
             session_id,
             [_spec(llm, f"llms[{index}]", config) for index, llm in enumerate(said.llms)],
@@ -189,6 +218,30 @@ def add_publisher_routes(routes: Routes, broker: Broker) -> None:
             if not is_id(task_id):
                 raise InvalidRequest("This is no task's id.", param=f"tasks[{index}]")
         return json_answer(await broker.heartbeat(session_id, statuses, tasks, owner=call.owner))
+
+    @routes.add(
+        "POST",
+        f"{_SESSION}/pause",
+        role="publisher",
+        body=Which,
+        answer=Paused,
+        errors=(SessionNotFound, ModelNotFound, StoreUnavailable),
+    )
+    async def pause_session(call: Call, session_id: str, said: Which) -> Answer:
+        """Keep new infers from a session's rows until they are resumed."""
+        return _paused(await broker.pause_session(session_id, said.llms, owner=call.owner))
+
+    @routes.add(
+        "POST",
+        f"{_SESSION}/resume",
+        role="publisher",
+        body=Which,
+        answer=Paused,
+        errors=(SessionNotFound, ModelNotFound, StoreUnavailable),
+    )
+    async def resume_session(call: Call, session_id: str, said: Which) -> Answer:
+        """Let a session's rows take infers again."""
+        return _paused(await broker.resume_session(session_id, said.llms, owner=call.owner))
 
     @routes.add("DELETE", _SESSION, role="publisher", answer=None, errors=(SessionNotFound, StoreUnavailable))
     async def goodbye(call: Call, session_id: str) -> Answer:
@@ -268,6 +321,12 @@ def add_publisher_routes(routes: Routes, broker: Broker) -> None:
         )
         return json_answer(Failed())
 
+    @routes.add("POST", f"{_TASK}/cancelled", role="publisher", answer=None, errors=(TaskNotFound,))
+    async def task_cancelled(call: Call, task_id: str) -> Answer:
+        """Say that the engine has stopped working on a task that was cancelled."""
+        broker.confirm_cancelled(task_id, owner=call.owner)
+        return no_content()
+
 
 class _TaskBody(StreamBody):
     """A client's body, piece by piece. Its infer alone holds it: once that is over, nothing is kept, and the rest is cut."""
@@ -305,8 +364,17 @@ def _spec(llm: OfferedLLM, where: str, config: BrokerConfig) -> LLMSpec:
         max_concurrency=llm.max_concurrency,
         wake_s=llm.wake_s,
         cancel=llm.cancel or "abort",
-        pool=_bounded(llm.pool, f"{where}.pool", config),
+        pool=llm.pool,
+        group=llm.group,
+        queue_s=llm.queue_s,
+        first_byte_s=llm.first_byte_s,
+        idle_s=llm.idle_s,
+        total_s=llm.total_s,
     )
+
+
+def _paused(rows: dict[str, LLM]) -> Answer:
+    return json_answer(Paused({name: Pausable(llm.status, llm.paused) for name, llm in rows.items()}))
 
 
 def _bounded(text: str | None, param: str, config: BrokerConfig) -> str | None:

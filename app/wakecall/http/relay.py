@@ -11,7 +11,8 @@ from there on whatever would have been an answer of another kind is told by such
 from __future__ import annotations
 
 import re
-from math import inf
+from collections.abc import Callable
+from math import ceil, inf
 from typing import Any, Final, Literal
 
 import msgspec
@@ -25,9 +26,12 @@ from .errors import describe, engine_retry_headers, error_event, type_of_status
 from .guard import Exchange
 from .sse import EventTail
 
-__all__ = ["PASSED_TYPES", "EventsBody", "RawBody", "pass_on", "passage_of", "safe_content_type"]
+__all__ = ["PASSED_TYPES", "EventsBody", "PlaceOf", "RawBody", "pass_on", "passage_of", "safe_content_type"]
 
 Passage = Literal["held", "events", "raw"]
+
+#: Where an infer waits (1: next), and the seconds until it is sent, if they can be told; None: it does not wait.
+PlaceOf = Callable[[Infer], tuple[int, float | None] | None]
 
 EVENTS: Final = "text/event-stream"
 _OPAQUE: Final = "application/octet-stream"
@@ -46,7 +50,6 @@ PASSED_TYPES: Final = (
 _TYPE: Final = re.compile(r"([a-z0-9!#$&^_.+-]{1,64})/([a-z0-9!#$&^_.+-]{1,64})")
 _PARAMETERS: Final = re.compile(r'(?:;[ \t]*[A-Za-z0-9_-]+=(?:[A-Za-z0-9_.:+/-]+|"[A-Za-z0-9_.:+/ -]*"))*')
 
-_WAITING: Final = b": waiting\n\n"
 _PING: Final = b'event: ping\ndata: {"type": "ping"}\n\n'
 _SEQUENCE_NUMBER: Final = re.compile(rb'"sequence_number"\s*:\s*(\d{1,15})')
 _BODILESS: Final = frozenset({204, 205, 304})
@@ -86,7 +89,15 @@ def _is_json(media_type: str) -> bool:
     return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
 
 
-async def pass_on(infer: Infer, exchange: Exchange, path: str, config: BrokerConfig, *, wants_stream: bool) -> Answer:
+async def pass_on(
+    infer: Infer,
+    exchange: Exchange,
+    path: str,
+    config: BrokerConfig,
+    *,
+    wants_stream: bool,
+    place_of: PlaceOf | None = None,
+) -> Answer:
     """The answer to a client, as soon as there is something to be said.
 
     Args:
@@ -95,6 +106,7 @@ async def pass_on(infer: Infer, exchange: Exchange, path: str, config: BrokerCon
         path: the client's.
         config: times and bounds.
         wants_stream: whether he hears from `waiting_s` on that he is waited for.
+        place_of: where in its line an infer is, for what he hears then; None: he does not hear that.
 
     Raises:
         WakecallError: the infer ended badly before anything went out: a clean error can be given.
@@ -105,7 +117,7 @@ async def pass_on(infer: Infer, exchange: Exchange, path: str, config: BrokerCon
     with trio.CancelScope(deadline=due):
         reply = await infer.wait_head()
         return await _pass_on(infer, reply, held, exchange, path, config, due)
-    body = EventsBody(infer, reply, exchange, path, config, comment_at=due, waited_with=held)
+    body = EventsBody(infer, reply, exchange, path, config, comment_at=due, waited_with=held, place_of=place_of)
     return stream_answer(body, EVENTS)
 
 
@@ -205,6 +217,7 @@ class EventsBody(StreamBody):
         comment_at: when the client, having heard nothing until then, hears that he is waited for (`trio.current_time()`);
             infinite: never.
         waited_with: what has been taken of the reply, if this begins because the client has waited; None: it has not.
+        place_of: where in its line an infer is.
     """
 
     def __init__(
@@ -217,6 +230,7 @@ class EventsBody(StreamBody):
         *,
         comment_at: float = inf,
         waited_with: _Held | None = None,
+        place_of: PlaceOf | None = None,
     ) -> None:
         self._infer = infer
         self._reply = reply
@@ -224,7 +238,7 @@ class EventsBody(StreamBody):
         self._path = path
         self._config = config
         self._tail = EventTail(config.max_event_tail_bytes)
-        self._comment = _PING if path == "/v1/messages" else _WAITING
+        self._place_of = place_of
         self._comment_at = comment_at
         self._waits_with = waited_with
         self._is_over = False
@@ -245,12 +259,21 @@ class EventsBody(StreamBody):
                 with trio.CancelScope(deadline=self._comment_at):
                     return await self._next()
             self._comment_at = trio.current_time() + self._config.waiting_s
-            return self._comment
+            return _PING if self._path == "/v1/messages" else self._waiting()
         except WakecallError as error:
             return self._end_with(describe(error))
 
     async def aclose(self) -> None:
         self._infer.cancel()
+
+    def _waiting(self) -> bytes:
+        """A comment, which no reader of event streams takes for more; people see in it how long it will be."""
+        place = None if self._place_of is None else self._place_of(self._infer)
+        if place is None:
+            return b": waiting\n\n"
+        position, estimate_s = place
+        about = "" if estimate_s is None else f", about {max(ceil(estimate_s), 1)} s"
+        return f": waiting; position {position}{about}\n\n".encode()
 
     async def _next(self) -> bytes:
         """What goes out next. Cancelled, it has lost nothing."""
