@@ -250,6 +250,17 @@ def _fields() -> list[Field]:
         role = b"" if where == "role" else b'"role": "client", '
         fields.append(Field("keys", where, "POST", "/admin/v1/keys", b"{%b%b}" % (role, members), judge, **more))
 
+    def pause(where: str, body: bytes, judge: Judge, **more: Any) -> None:
+        fields.append(Field("pause", where, "POST", "/publisher/v1/sessions/laptop/pause", body, judge, **more))
+
+    def hold(where: str, members: bytes, judge: Judge, **more: Any) -> None:
+        body = b"{%b}" % b", ".join([*([] if where == "llm" else [b'"llm": "offline"']), members])
+        fields.append(Field("hold", where, "POST", "/admin/v1/resume", body, judge, **more))
+
+    def alias(where: str, members: bytes, judge: Judge, **more: Any) -> None:
+        body = b"{%b}" % b", ".join([*([] if where == "target" else [b'"target": "offline"']), members])
+        fields.append(Field("alias", where, "PUT", "/admin/v1/aliases/alias", body, judge, **more))
+
     def owner(where: str, members: bytes, judge: Judge, **more: Any) -> None:
         targets = "/admin/v1/llms/offline", "/admin/v1/sessions/elsewhere"
         fields.extend(Field("owner", where, "PATCH", target, b"{%b}" % members, judge, **more) for target in targets)
@@ -257,11 +268,13 @@ def _fields() -> list[Field]:
     register("llms[0].name", b'{"llms": [{"name": @}]}', _invalid)
     llm("type", _bounded, shown=_llm("row", "type"))
     llm("model", _bounded)
-    llm("pool", _bounded)
+    llm("pool", _invalid)
+    llm("group", _invalid)
     llm("status", _invalid)
     llm("cancel", _invalid)
     llm("max_concurrency", _invalid)
-    llm("wake_s", _invalid)
+    for budget in ("wake_s", "queue_s", "first_byte_s", "idle_s", "total_s"):
+        llm(budget, _invalid)
     llm("unknown", _taken)
     register("llms[0]", b'{"llms": [@]}', _invalid)
     register("llms", b'{"llms": @}', _invalid)
@@ -302,8 +315,22 @@ def _fields() -> list[Field]:
     owner("owner", b'"owner": @', _invalid)
     owner("unknown", b'"owner": "local", "unknown": @', _taken)
     owner("(key)", b'"owner": "local", @: 1', _taken, is_key=True)
+    pause("llms", b'{"llms": @}', _invalid)
+    pause("llms[0]", b'{"llms": [@]}', _invalid)
+    pause("unknown", b'{"unknown": @}', _taken)
+    pause("(key)", b"{@: 1}", _taken, is_key=True)
+    hold("llm", b'"llm": @', _unknown_model)
+    hold("unknown", b'"unknown": @', _taken)
+    hold("(key)", b"@: 1", _taken, is_key=True)
+    alias("target", b'"target": @', _invalid)
+    alias("fallbacks", b'"fallbacks": @', _invalid)
+    alias("fallbacks[0]", b'"fallbacks": [@]', _invalid)
+    alias("unknown", b'"unknown": @', _taken)
+    alias("(key)", b"@: 1", _taken, is_key=True)
     client("model", b'{"model": @}', _unknown_model)
     client("stream", b'{"model": "offline", "stream": @}', _invalid)
+    client("hints", b'{"model": "offline", "prompt_cache_key": @, "user": @, "messages": @, "input": @}', _offline)
+    client("metadata.user_id", b'{"model": "offline", "metadata": {"user_id": @}, "prompt": [@, @]}', _offline)
     client("unknown", b'{"model": "offline", "messages": [{"content": @}]}', _offline)
     client("(key)", b'{"model": "offline", "x": {@: 1}}', _offline, is_key=True)
     return fields
@@ -325,6 +352,9 @@ GOOD: dict[tuple[str, str], bytes] = {
     ("POST", "/admin/v1/keys"): b'{"role": "client", "name": "\xc3\xa9"}',
     ("PATCH", "/admin/v1/llms/offline"): b'{"owner": "local", "unknown": "\xc3\xa9"}',
     ("PATCH", "/admin/v1/sessions/elsewhere"): b'{"owner": "local", "unknown": "\xc3\xa9"}',
+    ("POST", "/publisher/v1/sessions/laptop/pause"): b'{"llms": ["row"], "unknown": "\xc3\xa9"}',
+    ("POST", "/admin/v1/resume"): b'{"llm": "row", "unknown": "\xc3\xa9"}',
+    ("PUT", "/admin/v1/aliases/alias"): b'{"target": "row", "unknown": "\xc3\xa9"}',
     ("POST", "/v1/chat/completions"): b'{"model": "offline", "messages": ["\xc3\xa9"]}',
 }
 

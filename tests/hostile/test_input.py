@@ -283,7 +283,7 @@ async def test_a_store_keeps_hostile_texts_and_stays_sound(tmp_path: Path) -> No
     """Letter for letter over a restart; the tables are those that were there, and SQLite finds nothing wrong."""
     path = tmp_path / "w.db"
     texts = [text for text in TEXTS.values() if not is_too_long(text)]
-    rows = [{"name": f"row-{n}", "type": text, "model": text, "pool": text} for n, text in enumerate(texts)]
+    rows = [{"name": f"row-{n}", "type": text, "model": text} for n, text in enumerate(texts)]
     async with open_sqlite_store(path) as store, open_served(store=store) as served, sibling(served):
         tables = schema(path)
         for n, text in enumerate(texts):
@@ -296,7 +296,7 @@ async def test_a_store_keeps_hostile_texts_and_stays_sound(tmp_path: Path) -> No
         assert len(after) == len(texts) + 1
         for n, text in enumerate(texts):
             row = after[f"row-{n}"]
-            assert (row.type, row.model, row.pool) == (text, before[row.name].model, text)
+            assert (row.type, row.model) == (text, before[row.name].model)
         agents = {view.record.session_id: view.record for view in served.broker.session_views()}
         assert [agents[f"s-{n}"].agent_name for n in range(len(texts))] == texts
         assert [agents[f"s-{n}"].agent_version for n in range(len(texts))] == texts

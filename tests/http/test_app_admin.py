@@ -21,6 +21,7 @@ def seconds(instant: str) -> float:
 
 async def test_a_model_is_shown_with_its_work(served: Served) -> None:
     spec = {"name": "org/qwen", "type": "ollama", "model": "qwen:7b", "max_concurrency": 1}
+    spec |= {"pool": "org/all", "group": "gpu:0", "wake_s": 40, "queue_s": 1800, "total_s": 3000.5}
     async with served.publishing(spec) as publisher, served.calling({"model": "org/qwen"}):
         await publisher.next("infer")
         async with served.calling({"model": "org/qwen"}):
@@ -38,10 +39,21 @@ async def test_a_model_is_shown_with_its_work(served: Served) -> None:
                 "owner": "local",
                 "inactive_since": None,
                 "max_concurrency": 1,
+                "pool": "org/all",
+                "group": "gpu:0",
+                "wake_s": 40,
+                "queue_s": 1800,
+                "first_byte_s": None,
+                "idle_s": None,
+                "total_s": 3000.5,
+                "hold": None,
+                "paused": False,
                 "in_flight": 1,
+                "stopping": 0,
                 "waiting": 1,
                 "waking": False,
                 "routable": True,
+                "penalty": 0,
             }
             tasks = (await served.ask("GET", "/admin/v1/tasks")).json["data"]
             assert [(each["kind"], each["llm"], each["session_id"], each["state"]) for each in tasks] == [

@@ -119,7 +119,7 @@ async def test_every_operation_succeeds_as_described(served: Served) -> None:
     """One success of each. A route that is added needs a line here; the keys come last, for then it is open no more."""
     served.description = fresh = description_of(served.app)
     public = {"type": "openai", "model": "m", "url": "https://api.example/v1"}
-    rows = [{"name": "qwen", "max_concurrency": 9}, {"name": "asleep", "status": "hibernating"}]
+    rows = [{"name": "qwen", "max_concurrency": 9, "pool": "all"}, {"name": "asleep", "status": "hibernating"}]
     for path in ("/", "/healthz", "/readyz", "/metrics", "/openapi.json"):
         await served.ask("GET", path)
     async with served.publishing(*rows) as publisher:
@@ -141,6 +141,7 @@ async def test_every_operation_succeeds_as_described(served: Served) -> None:
             await publisher.next("wake")
             async with served.calling({"model": "qwen"}):
                 frame = await publisher.next("infer")
+                await served.ask("PUT", "/admin/v1/aliases/org/alias", body=as_bytes({"target": "qwen"}))
                 for listing in ("/v1/models", "/v1/models/qwen", "/admin/v1/llms", "/admin/v1/llms/qwen"):
                     await served.ask("GET", listing)
                 assert len((await served.ask("GET", "/admin/v1/tasks")).json["data"]) == 3
@@ -148,6 +149,14 @@ async def test_every_operation_succeeds_as_described(served: Served) -> None:
                 beat = as_bytes({"llms": {"qwen": "active"}, "tasks": [frame.task_id, "other"]})
                 await served.ask("POST", "/publisher/v1/sessions/laptop/heartbeat", body=beat)
                 await publisher.fail(frame, message="x")
+                await served.ask("POST", f"/publisher/v1/tasks/{frame.task_id}/cancelled")
+                for verb in ("drain", "pause", "resume"):
+                    await served.ask("POST", f"/admin/v1/{verb}", body=as_bytes({"llm": "qwen"}))
+                for verb in ("pause", "resume"):
+                    await served.ask("POST", f"/publisher/v1/sessions/laptop/{verb}", body=b"{}")
+                for listing in ("/admin/v1/aliases", "/admin/v1/pools"):
+                    assert len((await served.ask("GET", listing)).json["data"]) == 1
+                await served.ask("DELETE", "/admin/v1/aliases/org/alias")
     async with served.channel("laptop") as publisher:
         reading = publisher.reading
         fresh.check("GET", "/publisher/v1/sessions/laptop/frames", Answer(200, reading.headers, b"", is_cut=True))

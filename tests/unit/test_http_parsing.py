@@ -97,7 +97,7 @@ def test_what_is_not_well_formed_is_invalid_json(body: bytes) -> None:
 @pytest.mark.parametrize("body", WELL_FORMED.values(), ids=WELL_FORMED)
 def test_what_merely_looks_odd_is_taken(body: bytes) -> None:
     assert decode(body, Outer).items == []
-    assert sniff(body, "application/json") == ("x", False)
+    assert sniff(body, "application/json")[:2] == ("x", False)
 
 
 def test_numbers_beyond_bounds_are_found_behind_a_mebibyte_of_strings() -> None:
