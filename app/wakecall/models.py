@@ -357,7 +357,10 @@ class TaskView:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What can be counted. Always `accepted == completed + failed + cancelled + waiting + in_flight` (invariant 1)."""
+    """What can be counted. Always `accepted == completed + failed + cancelled + waiting + in_flight` (invariant 1).
+
+    `stopping`: slots that are held by infers which are over.
+    """
 
     accepted: int
     completed: int
@@ -373,6 +376,7 @@ class Statistics:
     channels: int
     llms: dict[Status, int]
     public_llms: int
+    stopping: int = 0
 
 
 # What a store is given, and gives back ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from wakecall.cli.logs import configure_logging, log_broker_event, log_event
-from wakecall.models import ChannelEvent, InferSettled, SessionEvent, WakeSettled
+from wakecall.models import ChannelEvent, Event, InferSettled, SessionEvent, SlotReleased, WakeSettled
 
 NASTY = 'a\nb\r\x1b[31mc\x00\u2028d\x9b \udc80 ="'
 
@@ -76,6 +76,22 @@ def test_a_traceback_cannot_pass_for_lines_of_the_log(log: io.StringIO) -> None:
             "infer llm=m outcome=failed code=model_offline phase=queue seconds=0.0 task_id=t",
         ),
         (
+            InferSettled("t", None, "m", "completed", "completed", "idle", 1.0, 0.5, 200, attempts=1),
+            "INFO",
+            "infer llm=m outcome=completed code=completed phase=idle seconds=1.0 first_byte_s=0.5 engine_status=200 task_id=t",
+        ),
+        (
+            InferSettled("t", None, "m", "completed", "completed", "idle", 1.0, 0.5, 200, attempts=3),
+            "INFO",
+            "infer llm=m outcome=completed code=completed phase=idle seconds=1.0 first_byte_s=0.5 engine_status=200 task_id=t"
+            " attempts=3",
+        ),
+        (
+            SlotReleased("t", "m", "confirmed", 1.23456),
+            "DEBUG",
+            "slot_released llm=m how=confirmed seconds=1.235 task_id=t",
+        ),
+        (
             WakeSettled("t", "m", "succeeded", 2.0, 50),
             "INFO",
             "wake llm=m outcome=succeeded seconds=2.0 waiters=50 task_id=t",
@@ -87,10 +103,8 @@ def test_a_traceback_cannot_pass_for_lines_of_the_log(log: io.StringIO) -> None:
         ),
     ],
 )
-def test_each_event_of_the_broker_is_one_line(
-    log: io.StringIO, event: SessionEvent | ChannelEvent | InferSettled | WakeSettled, level: str, said: str
-) -> None:
-    configure_logging("info", "text", log)
+def test_each_event_of_the_broker_is_one_line(log: io.StringIO, event: Event, level: str, said: str) -> None:
+    configure_logging("debug", "text", log)
     log_broker_event(event)
     (line,) = log.getvalue().splitlines()
     at, found_level, text = line.split(maxsplit=2)

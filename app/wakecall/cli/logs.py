@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
-from ..models import ChannelEvent, Event, InferSettled, KeyEvent, SessionEvent, WakeSettled
+from ..models import ChannelEvent, Event, InferSettled, KeyEvent, SessionEvent, SlotReleased, WakeSettled
 from .common import printable, wants_color
 
 __all__ = ["configure_logging", "log_broker_event", "log_event"]
@@ -64,7 +64,17 @@ def log_broker_event(event: Event) -> None:
                 "task_id": event.task_id,
                 "key_id": event.key_id,
             }
+            if event.attempts > 1:
+                fields["attempts"] = event.attempts
             log_event(_events, level, "infer", fields)
+        case SlotReleased():
+            fields = {
+                "llm": event.llm,
+                "how": event.how,
+                "seconds": round(event.seconds, 3),
+                "task_id": event.task_id,
+            }
+            log_event(_events, logging.DEBUG, "slot_released", fields)
         case WakeSettled():
             level = logging.INFO if event.outcome == "succeeded" else logging.WARNING
             fields = {

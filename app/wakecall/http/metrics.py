@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from .. import errors
 from ..broker import Broker
-from ..models import ChannelEvent, Event, InferSettled, WakeSettled
+from ..models import ChannelEvent, Event, InferSettled, SlotReleased, WakeSettled
 
 __all__ = ["Metrics"]
 
@@ -24,6 +24,7 @@ _BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.
 _CODES: Final = frozenset(
     {"completed"} | {getattr(errors, name).code for name in errors.__all__ if isinstance(getattr(errors, name), type)}
 )
+_RELEASES: Final = ("confirmed", "reported", "finished", "lost", "expired")
 _REASONS: Final = frozenset({"disconnected", "superseded", "stale", "goodbye", "evicted", "shutdown"})
 
 
@@ -55,6 +56,28 @@ class Metrics:
             buckets=_BUCKETS_S,
             registry=self._registry,
         )
+        self._attempts = Counter(
+            "wakecall_infer_attempts",
+            "How often infers that have ended were sent to a publisher.",
+            registry=self._registry,
+        )
+        self._moves = Counter(
+            "wakecall_infer_moves",
+            "How often they went on to another publisher.",
+            registry=self._registry,
+        )
+        self._cancels = Histogram(
+            "wakecall_cancel_seconds",
+            "From the end of an infer that its publisher had not ended to the release of its slot.",
+            ("how",),
+            buckets=_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._unwanted = Counter(
+            "wakecall_unwanted_seconds",
+            "For how long engines may have generated for nobody.",
+            registry=self._registry,
+        )
         self._wakes = Histogram(
             "wakecall_wake_seconds",
             "From a wake's frame to its outcome.",
@@ -70,6 +93,8 @@ class Metrics:
             self._seconds.labels(outcome)
         for outcome in ("succeeded", "failed", "timed_out", "lost"):
             self._wakes.labels(outcome)
+        for how in _RELEASES:
+            self._cancels.labels(how)
         broker.add_observer(self._observe)
 
     def render(self) -> bytes:
@@ -83,6 +108,11 @@ class Metrics:
             self._seconds.labels(event.outcome).observe(event.seconds)
             if event.first_byte_s is not None:
                 self._first_byte.observe(event.first_byte_s)
+            self._attempts.inc(event.attempts)
+            self._moves.inc(max(event.attempts - 1, 0))
+        elif isinstance(event, SlotReleased):
+            self._cancels.labels(event.how).observe(event.seconds)
+            self._unwanted.inc(max(event.seconds, 0.0))
         elif isinstance(event, WakeSettled):
             self._wakes.labels(event.outcome).observe(event.seconds)
         elif isinstance(event, ChannelEvent) and event.event == "ended":
@@ -105,6 +135,11 @@ class _Standing(Collector):
         yield ended
         yield GaugeMetricFamily("wakecall_infers_waiting", "Infers waiting for a wake or a slot.", value=now.waiting)
         yield GaugeMetricFamily("wakecall_infers_in_flight", "Infers sent to a publisher.", value=now.in_flight)
+        yield GaugeMetricFamily(
+            "wakecall_slots_stopping",
+            "Slots of infers that are over, until their engines have stopped.",
+            value=now.stopping,
+        )
         wakes = CounterMetricFamily("wakecall_wakes", "Wakes by how far they came.", labels=("state",))
         wakes.add_metric(("started",), now.wakes_started)
         wakes.add_metric(("succeeded",), now.wakes_succeeded)
