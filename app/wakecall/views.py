@@ -38,6 +38,7 @@ def statistics(directory: Directory) -> Statistics:
         channels=sum(1 for session in directory.sessions.values() if session.channel is not None),
         llms=by_status,
         public_llms=len(directory.rows) - len(directory.live) - len(directory.inactive),
+        stopping=len(directory.held_slots),
     )
 
 

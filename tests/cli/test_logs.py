@@ -78,13 +78,14 @@ def test_a_traceback_cannot_pass_for_lines_of_the_log(log: io.StringIO) -> None:
         (
             InferSettled("t", None, "m", "completed", "completed", "idle", 1.0, 0.5, 200, attempts=1),
             "INFO",
-            "infer llm=m outcome=completed code=completed phase=idle seconds=1.0 first_byte_s=0.5 engine_status=200 task_id=t",
+            "infer llm=m outcome=completed code=completed phase=idle seconds=1.0 first_byte_s=0.5 engine_status=200"
+            " task_id=t",
         ),
         (
             InferSettled("t", None, "m", "completed", "completed", "idle", 1.0, 0.5, 200, attempts=3),
             "INFO",
-            "infer llm=m outcome=completed code=completed phase=idle seconds=1.0 first_byte_s=0.5 engine_status=200 task_id=t"
-            " attempts=3",
+            "infer llm=m outcome=completed code=completed phase=idle seconds=1.0 first_byte_s=0.5 engine_status=200"
+            " task_id=t attempts=3",
         ),
         (
             SlotReleased("t", "m", "confirmed", 1.23456),
