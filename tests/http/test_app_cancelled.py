@@ -7,6 +7,7 @@ import trio
 
 from tests.http.served import Served, open_served, wait_until
 from tests.http.test_app_keys import Keyed, Publishing, keyed
+from tests.http.test_app_ops import samples
 from tests.http.wire import Answer
 from wakecall.config import BrokerConfig
 
@@ -85,3 +86,43 @@ async def test_a_task_is_its_owners_to_confirm(keyed: Keyed) -> None:
         assert keyed.served.broker.llm_view("qwen").stopping == 1
         assert (await keyed.ask("publisher", "POST", target)).status == 204
         assert keyed.served.broker.llm_view("qwen").stopping == 0
+
+
+async def test_metrics_tell_how_long_engines_went_on_for_nobody(served: Served) -> None:
+    async def now() -> dict[str, float]:
+        return samples((await served.ask("GET", "/metrics")).body)
+
+    before = await now()
+    for how in ("confirmed", "reported", "finished", "lost", "expired"):
+        assert before[f'wakecall_cancel_seconds_count{{how="{how}"}}'] == 0
+    async with served.publishing(ONE) as publisher:
+        async with served.calling(CALL):
+            frame = await publisher.next("infer")
+        await publisher.next("cancel")
+        assert (await now())["wakecall_slots_stopping"] == 1
+        await confirm(served, frame.task_id)
+        after = await now()
+        assert after["wakecall_slots_stopping"] == 0
+        assert after['wakecall_cancel_seconds_count{how="confirmed"}'] == 1
+        assert after["wakecall_unwanted_seconds_total"] == after['wakecall_cancel_seconds_sum{how="confirmed"}'] > 0
+        assert (after["wakecall_infer_attempts_total"], after["wakecall_infer_moves_total"]) == (1, 0)
+        # What its publisher ends itself holds nothing.
+        async with served.calling(CALL) as client:
+            await publisher.answer(await publisher.next("infer"), {})
+            await client.read_head()
+        assert (await now())["wakecall_unwanted_seconds_total"] == after["wakecall_unwanted_seconds_total"]
+
+
+async def test_metrics_count_the_publishers_that_an_infer_was_sent_to(served: Served) -> None:
+    """One that says itself that it has no room is not the last one."""
+    rows = {"name": "a", "pool": "all"}, {"name": "b", "pool": "all"}
+    async with served.publishing(*rows) as publisher, served.calling({"model": "all"}) as client:
+        first = await publisher.next("infer")
+        await publisher.fail(first, message="busy", status=429)
+        second = await publisher.next("infer")
+        assert second.task_id != first.task_id
+        assert {first.data["llm"], second.data["llm"]} == {"a", "b"}
+        await publisher.answer(second, {"ok": True})
+        assert (await client.read_head()).status == 200
+        found = samples((await served.ask("GET", "/metrics")).body)
+        assert (found["wakecall_infer_attempts_total"], found["wakecall_infer_moves_total"]) == (2, 1)

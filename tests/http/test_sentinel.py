@@ -108,6 +108,20 @@ def bodies() -> list[tuple[bytes, str]]:
             JSON,
         ),
         (as_bytes({"llms": {f"{PROMPT}!": PROMPT}, "tasks": [f"{PROMPT}!"], "type": PROMPT, "url": PROMPT}), JSON),
+        (as_bytes({"llm": f"{PROMPT} x", "target": f"{PROMPT} x", "fallbacks": [PROMPT], "pool": PROMPT}), JSON),
+        (
+            as_bytes(
+                {
+                    "model": "qwen",
+                    "prompt_cache_key": PROMPT,
+                    "user": [PROMPT],
+                    "metadata": {"user_id": PROMPT},
+                    "input": PROMPT,
+                    "prompt": [PROMPT],
+                }
+            ),
+            JSON,
+        ),
         (as_bytes({"model": "qwen"})[:-1] + f',"model": "{PROMPT}"}}'.encode(), JSON),
         (f'{{"prompt": "{PROMPT}'.encode(), JSON),
         (f'"{PROMPT}"'.encode(), JSON),
@@ -222,7 +236,9 @@ async def test_on_the_way_of_an_infer_whatever_becomes_of_it(caplog: pytest.LogC
             await post("failure", frame.task_id, as_bytes({"message": "out of memory", "status": 507}))
             nursery.start_soon(ask, stream)
             await publisher.next("infer")
-            await publisher.next("cancel")  # no first byte in time
+            frame = await publisher.next("cancel")  # no first byte in time
+            await post("cancelled", frame.task_id, as_bytes({"message": PROMPT}))
+            await post("cancelled", STRANGE_KEY, as_bytes({"message": PROMPT}))
             nursery.start_soon(ask, call)
             frame = await publisher.next("infer")
             await ask(stream)  # no slot in time
@@ -234,7 +250,9 @@ async def test_on_the_way_of_an_infer_whatever_becomes_of_it(caplog: pytest.LogC
                 length = f"content-length: {len(body)}"
                 await wire.send(head("POST", "/v1/completions", keyed.header("client"), length) + body)
                 await publisher.next("infer")
-            await publisher.next("cancel")
+            await post("cancelled", (await publisher.next("cancel")).task_id, b"")
+            await ask(call, f"x-wakecall-priority: {PROMPT}")
+            await ask(call, f"x-wakecall-timeout-s: {PROMPT}")
             nursery.start_soon(ask, {**call, "model": "sleeper"})
             frame = await publisher.next("wake")
             await post("result", frame.task_id, b"no such GPU", "wakecall-status: 500")
@@ -278,7 +296,7 @@ IN_A_REQUEST: list[tuple[Any, str, str, str, str, Any]] = [
     (client, "pass_on", "client", "POST", "/v1/chat/completions", CALL),
     (Broker, "claim", "client", "POST", "/v1/responses", CALL),
     (Broker, "infer_nowait", "client", "POST", "/v1/chat/completions", CALL),
-    (Broker, "llms", "client", "GET", "/v1/models", None),
+    (Broker, "models", "client", "GET", "/v1/models", None),
     (Broker, "register", "publisher", "PUT", "/publisher/v1/sessions/other", {"llms": []}),
     (Broker, "heartbeat", "publisher", "POST", "/publisher/v1/sessions/laptop/heartbeat", {}),
     (Broker, "open_channel_nowait", "publisher", "GET", "/publisher/v1/sessions/laptop/frames", None),
