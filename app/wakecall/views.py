@@ -45,7 +45,9 @@ def statistics(directory: Directory) -> Statistics:
 def view_llm(row: Row) -> LLMView:
     """A row at work."""
     session = row.session
-    routable = row.llm.status is not Status.INACTIVE and session is not None and session.channel is not None
+    held = row.llm.paused or row.llm.hold is not None
+    connected = session is not None and session.channel is not None
+    routable = row.llm.status is not Status.INACTIVE and connected and not held
     penalty = row.health.penalty(trio.current_time())
     return LLMView(row.llm, row.in_flight, row.waiting, row.wake is not None, routable, row.stopping, penalty)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -24,8 +25,10 @@ from tests.fuzz.reference import (
 )
 from wakecall.errors import Forbidden, InvalidJson, InvalidRequest, RequestError, TooMany
 from wakecall.http.auth import refuse_foreign
+from wakecall.http.client import PRIORITY, TIMEOUT
+from wakecall.http.naming import Held, NewAlias
 from wakecall.http.parsing import decode
-from wakecall.http.publisher import Failure, Heartbeat, Register
+from wakecall.http.publisher import Failure, Heartbeat, Register, Which
 from wakecall.http.refusal import pick_request_id
 from wakecall.http.relay import PASSED_TYPES, passage_of, safe_content_type
 from wakecall.http.sniff import sniff
@@ -111,12 +114,14 @@ def json_body(data: bytes) -> None:
     b'{"llms": [{"name": "qwen", "status": "active", "max_concurrency": 2, "wake_s": 4.5}], "agent": {"name": "a"}}',
     b'{"llms": {"qwen": "active"}, "tasks": ["abc"]}',
     b'{"message": "no", "code": "x", "status": 503}',
+    b'{"llms": ["qwen"], "llm": "qwen", "target": "qwen", "fallbacks": ["a", "b"]}',
     tokens=_JSON_TOKENS
-    + b' "llms" "name" "status" "max_concurrency" "wake_s" 86400 100001 "tasks" "message" 599.0 2.0',
+    + b' "llms" "name" "status" "max_concurrency" "wake_s" 86400 100001 "tasks" "message" 599.0 2.0'
+    + b' "pool" "group" "total_s" 86400.5 "llm" "target" "fallbacks"',
 )
 def publisher_body(data: bytes) -> None:
-    """The bodies of publishers: a Struct or a 400 that can be written down, and names a member."""
-    for type in (Register, Heartbeat, Failure):
+    """The bodies of publishers and operators: a Struct or a 400 that can be written down, and names a member."""
+    for type in (Register, Heartbeat, Failure, Which, Held, NewAlias):
         try:
             found = decode(data, type)
         except RequestError as error:
@@ -338,6 +343,34 @@ def host(data: bytes) -> None:
         assert is_loopback_host(authority), authority
 
 
+@target(
+    b"1",
+    b"0.5",
+    b"86400.00",
+    b"1e3",
+    b"nan",
+    tokens=b"0 1 9 . - + e E inf nan 86400 86399 86401 00000 \n \xb2 \xb3 _ , x",
+)
+def timeout_header(data: bytes) -> None:
+    """A caller's own time: a plain decimal number, more than 0 and at most a day, and a number to everybody."""
+    text = data.decode("latin-1")
+    whole, point, fraction = text.partition(".")
+    plain = set(text) <= set("0123456789.") and whole.isdecimal() and whole == str(int(whole)) and len(whole) <= 5
+    if point:
+        plain = plain and fraction.isdecimal() and len(fraction) <= 18
+    good = plain and 0 < Decimal(text) <= 86_400
+    assert (re.fullmatch(TIMEOUT.pattern, text) is not None) is good, text
+    if good:
+        assert 0 < float(text) <= 86_400
+
+
+@target(b"interactive", b"batch", b"Batch", tokens=b", ; = \n interactive batch \0 \xe9")
+def priority_header(data: bytes) -> None:
+    """One of two words."""
+    found = re.fullmatch(PRIORITY.pattern, data.decode("latin-1"))
+    assert (found is not None) is (data in (b"interactive", b"batch"))
+
+
 @target(b"req_1234", b"a" * 128, b"a" * 129, b"\r\nset-cookie: x", tokens=b"\n \r\n \0 \xe9 : . _ -")
 def request_id(data: bytes) -> None:
     """The caller's own if it can stand in a log and a header, else ours."""
@@ -364,6 +397,8 @@ def request_id(data: bytes) -> None:
         b"Upgrade:h2c Upgrade:websocket HTTP2-Settings: Connection:close "
         b"Connection:upgrade x-request-id: Content-Encoding:gzip "
         b"Wakecall-Offset:1 Wakecall-Status:99 Origin:null "
+        b"x-wakecall-priority:batch x-wakecall-timeout-s:1 x-wakecall-timeout-s:inf "
+        b"/publisher/v1/sessions/a/pause /publisher/v1/tasks/a/cancelled /admin/v1/drain /admin/v1/aliases/a "
         b"/publisher/v1/sessions/a/frames /publisher/v1/tasks/a/result "
         b"/admin/v1/llms/a /metrics /v1/messages 0\r\n\r\n ffffffffffffffff\r\n ; [ ] @"
     ),

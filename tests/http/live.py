@@ -62,6 +62,8 @@ class Live:
         while True:
             with self._news:
                 channel = self._channel
+            for alias in self.ask("GET", "/admin/v1/aliases")[1]["data"]:
+                self.ask("DELETE", f"/admin/v1/aliases/{alias['name']}")
             status, found = self.ask("GET", "/admin/v1/llms")
             assert status == 200, found
             routable = {row["name"] for row in found["data"] if row["routable"]}
@@ -69,12 +71,16 @@ class Live:
             if routable.issuperset(ROWS) and statuses["sleeps"] == "hibernating":
                 self.ask("PUT", f"/publisher/v1/sessions/{SPARE}", {"llms": []})
                 return
+            for row in found["data"]:
+                if row["hold"] is not None:
+                    self.ask("POST", "/admin/v1/resume", {"llm": row["name"]})
             for name in ROWS:
                 # A public row of that name, or another session's: whoever made it, it goes.
                 self.ask("DELETE", f"/admin/v1/llms/{name}")
             if self._register(self._asking) != 200:
                 self.ask("DELETE", f"/admin/v1/sessions/{LAPTOP}")  # it is somebody else's by now
                 self._register(self._asking)
+            self.ask("POST", f"/publisher/v1/sessions/{LAPTOP}/resume", {})
             _, sessions = self.ask("GET", "/admin/v1/sessions")
             if not any(each["connected"] for each in sessions["data"] if each["session_id"] == LAPTOP):
                 self._wait_for_another(channel)

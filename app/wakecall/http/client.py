@@ -31,20 +31,20 @@ from .relay import PASSED_TYPES, pass_on
 from .routes import HELD_BODY, Header, Media, Name, Routes
 from .sniff import FLAG_PATTERN, MAX_FIELD_BYTES, sniff
 
-__all__ = ["RELAYED", "add_client_routes"]
+__all__ = ["PRIORITY", "RELAYED", "TIMEOUT", "add_client_routes"]
 
 _MAX_HEADER_CHARS: Final = 1024
 
-_PRIORITY: Final = Header(
+PRIORITY: Final = Header(
     "x-wakecall-priority",
     "(interactive|batch)",
     "A priority is interactive or batch.",
     "`batch`: what is interactive comes first. `interactive` when left out.",
 )
-_TIMEOUT: Final = Header(
+TIMEOUT: Final = Header(
     "x-wakecall-timeout-s",
     # More than 0, and at most 86400.
-    r"(?=.*[1-9])([0-9]{1,4}|[1-7][0-9]{4}|8[0-5][0-9]{3}|86[0-3][0-9]{2}|86400(?![.]0*[1-9]))([.][0-9]{1,18})?",
+    r"(?=.*[1-9])(0|[1-9][0-9]{0,3}|[1-7][0-9]{4}|8[0-5][0-9]{3}|86[0-3][0-9]{2}|86400(?![.]0*[1-9]))([.][0-9]{1,18})?",
     "A timeout is a number of seconds, more than 0 and at most 86400.",
     "The most that the call may take in all, in seconds, where that is less than it would have.",
 )
@@ -128,8 +128,8 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
         path = call.request.path
         with _claim(broker, call) as claim:
             refuse_encoded(call)
-            priority = cast("Priority", _PRIORITY.read(call) or "interactive")
-            timeout_s = _TIMEOUT.read(call)
+            priority = cast("Priority", PRIORITY.read(call) or "interactive")
+            timeout_s = TIMEOUT.read(call)
             body = await call.exchange.read_body(config.max_body_bytes)
             headers = call.request.headers
             content_type = _short(headers.get("content-type"), "Content-Type") or "application/json"
@@ -169,7 +169,7 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
             path,
             name=f"relay_{path.removeprefix('/v1/').replace('/', '_')}",
             role="client",
-            headers=(_PRIORITY, _TIMEOUT),
+            headers=(PRIORITY, TIMEOUT),
             body=_REQUEST,
             answer={"2XX": _ANSWER, "3XX": _ANSWER, "4XX": _ENGINES_ERROR, "5XX": _ENGINES_ERROR},
             errors=(
