@@ -71,7 +71,8 @@ async def test_a_drained_row_takes_nothing_new_and_serves_who_waits(served: Serv
         frame = await publisher.next("infer")
         async with served.calling(CALL) as second:
             await wait_until(lambda: served.broker.statistics().waiting == 1)
-            await operate(served, "drain", "qwen")
+            [shown] = (await operate(served, "drain", "qwen")).json["data"]
+            assert (shown["routable"], shown["in_flight"], shown["waiting"]) == (False, 1, 1)
             refused = await served.call(CALL)
             assert (refused.status, refused.code) == (503, "model_offline")
             await publisher.answer(frame, {"n": 1})

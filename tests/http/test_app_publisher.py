@@ -54,6 +54,14 @@ async def test_a_register_answers_each_row_with_what_became_of_it(served: Served
     assert served.broker.llm("org/b:7b@q4").model == "org/b:7b@q4"
 
 
+async def test_a_register_says_all_of_a_row_each_time(served: Served) -> None:
+    said = {"pool": "org/all", "group": "gpu:0", "queue_s": 0.5, "first_byte_s": 2, "idle_s": 3.5, "total_s": 86_400}
+    for described in (said, {}, said, dict.fromkeys(said)):
+        assert (await served.register("laptop", {"name": "a", **described})).status == 200
+        row = served.broker.llm("a")
+        assert {name: getattr(row, name) for name in said} == dict.fromkeys(said) | described
+
+
 async def test_another_sessions_row_is_taken_while_it_lives_and_adopted_when_it_does_not(served: Served) -> None:
     await served.register("laptop", {"name": "qwen"})
     answer = await served.register("box", {"name": "own"}, {"name": "qwen"})
@@ -100,6 +108,17 @@ async def test_a_row_that_is_left_out_is_withdrawn(served: Served) -> None:
         ([{"name": "a", "max_concurrency": "2"}], "invalid_request", "llms[0].max_concurrency"),
         ([{"name": "a", "wake_s": 0}], "invalid_request", "llms[0].wake_s"),
         ([{"name": "a", "wake_s": -1.5}], "invalid_request", "llms[0].wake_s"),
+        ([{"name": "a", "wake_s": 86_400.5}], "invalid_request", "llms[0].wake_s"),
+        *(
+            ([{"name": "a", budget: value}], "invalid_request", f"llms[0].{budget}")
+            for budget in ("queue_s", "first_byte_s", "idle_s", "total_s")
+            for value in (0, -1.5, 86_400.5, 1e300, "1", True, [1])
+        ),
+        *(
+            ([{"name": "a"}, {"name": "b", member: value}], "invalid_request", f"llms[1].{member}")
+            for member in ("pool", "group")
+            for value in ("", "a b", "/a", "a" * 129, "é", 1)
+        ),
         ([{"name": "a", "cancel": "maybe"}], "invalid_request", "llms[0].cancel"),
         ([{"name": "a", "type": "t" * 4097}], "invalid_request", "llms[0].type"),
         ([{"name": "a", "model": "é" * 2049}], "invalid_request", "llms[0].model"),
