@@ -30,15 +30,17 @@ class Layer(NamedTuple):
 LAYERS = {
     # Decisions and data: no Trio, no I/O, no clock.
     "pure": Layer(
-        "lifecycle placement sweep frames models errors config addresses keys limits faults fairness health", "", ""
+        "lifecycle placement sweep frames models errors config addresses keys limits faults fairness health usage ledger",
+        "",
+        "",
     ),
     # SQL stands in one place; what everybody else sees is the protocol in store/base.py.
-    "sqlite": Layer("store.sqlite store.migrations", "pure store", "trio sqlite_utils"),
+    "sqlite": Layer("store.sqlite store.rows store.migrations", "pure store", "trio sqlite_utils"),
     "store": Layer("store store.*", "pure", "trio"),
     # Trio, but neither HTTP nor SQL nor a socket.
     "broker": Layer(
         "broker core publishing operating session wake task channel directory dispatch journal local registry access"
-        " keyring upload views naming"
+        " keyring upload views naming accounting"
         " bytestream deadlines waking stopping infers placing",
         "pure store",
         "trio",
@@ -64,7 +66,8 @@ LAYERS = {
 
 # The only standard modules of the pure layer.
 PURE_STDLIB = (
-    "__future__ base64 bisect collections dataclasses enum functools hashlib ipaddress itertools json math re string"
+    "__future__ base64 bisect collections dataclasses enum functools hashlib ipaddress itertools json math operator re"
+    " string"
     " traceback types typing urllib"
 )
 
