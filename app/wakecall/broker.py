@@ -5,9 +5,9 @@
             async for chunk in reply: ...
 
 The work is done below: `directory` holds the state, `registry` the sessions, `dispatch` the infers and wakes, `upload`
-takes their answers in, `access` decides on keys and owners, `journal` brings decisions to the store, `views` shows how it
-all stands. `core` puts them together; `publishing` is what publishers call, `operating` what operators do; here is what
-clients call, and the one thing that all this is, with its nursery.
+takes their answers in, `access` decides on keys and owners, `accounting` counts what was used, `journal` brings decisions to
+the store, `views` shows how it all stands. `core` puts them together; `publishing` is what publishers call, `operating` what
+operators do; here is what clients call, and the one thing that all this is, with its nursery.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from contextlib import asynccontextmanager
 import trio
 
 from .config import BrokerConfig
+from .directory import Clock
 from .errors import ModelNotFound, ShuttingDown
 from .faults import stacks_of
 from .keyring import Caller, Claim
+from .ledger import hour_of
 from .models import (
     LLM,
     InferRequest,
@@ -169,6 +171,7 @@ class Broker(Publishing, Operating):
             await trio.sleep(self.config.sweep_interval_s)
             try:
                 self._registry.sweep_nowait()  # a store that hangs must not keep dead rows alive
+                self._accounting.expire_nowait()
             except Exception as error:
                 logger.error("a sweep failed: %s", stacks_of(error))
 
@@ -190,10 +193,13 @@ async def open_broker(store: Store | None = None, config: BrokerConfig | None = 
     """
     store = MemoryStore() if store is None else store
     snapshot = await store.load()
+    cells = await store.usage_cells(hour_of(Clock().now()))
     body_error: Exception | None = None
     async with trio.open_nursery() as nursery:
         broker = Broker(store, BrokerConfig() if config is None else config, snapshot, nursery)
+        broker._accounting.load(cells)
         nursery.start_soon(broker._journal.run)
+        nursery.start_soon(broker._accounting.run)
         nursery.start_soon(broker._directory.waiting_deadlines.run)
         nursery.start_soon(broker._run_sweeper)
         try:
@@ -207,6 +213,7 @@ async def open_broker(store: Store | None = None, config: BrokerConfig | None = 
             with trio.move_on_after(_LAST_COMMIT_S, shield=True):
                 for channel in channels:
                     await channel.joined.wait()
+                broker._accounting.flush_nowait()
                 await broker._journal.close()
             nursery.cancel_scope.cancel()
     if body_error is not None:

@@ -53,6 +53,8 @@ class BrokerConfig:
     residence_s: float = _seconds(30.0, "a row of a swap group stays awake for at least so long")
     waiting_s: float = _seconds(10.0, "a streaming caller hears `: waiting` so often before its first byte")
     settled_memory_s: float = _seconds(300.0, "how long the outcome of a task is remembered for its publisher")
+    usage_flush_s: float = _seconds(5.0, "usage that is not in the store yet is written after so long")
+    usage_retention_s: float = _seconds(400 * 86400.0, "usage is kept for so long")
 
     max_body_bytes: int = _count(32 * _MIB, "the largest body of a client or publisher, results excepted", "bytes")
     max_held_bytes: int = _count(1024 * _MIB, "all bodies held at once", "bytes")
@@ -75,6 +77,7 @@ class BrokerConfig:
     max_settled_per_session: int = _count(1000, "outcomes remembered for one session", "outcomes")
     max_keys: int = _count(10_000, "API keys", "keys")
     max_readers_per_reply: int = _count(64, "readers of one answer", "readers")
+    max_usage_cells: int = _count(50_000, "sums of one hour, key and model held at once", "sums")
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -9,6 +9,7 @@ import trio
 
 from . import views
 from .access import Access
+from .accounting import Accounting
 from .config import BrokerConfig
 from .directory import Directory, Row
 from .dispatch import Dispatcher
@@ -41,8 +42,10 @@ class Core:
         self._registry = Registry(self._directory, self._dispatcher, lambda: self._nursery)
         self._access = Access(self._directory, self._dispatcher, self._registry)
         self._naming = Naming(self._directory, self._dispatcher, self._registry)
+        self._accounting = Accounting(self._directory, store)
         self._directory.load(snapshot)
         self._access.load()
+        self.add_observer(self._accounting.observe)
 
     # How it stands --------------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ from .models import InferRequest, InferSettled, Status
 from .placing import Place, Placer, is_hopeful
 from .stopping import Stops
 from .task import Due, Infer, InferState
+from .usage import UNSAID
 from .waking import Waker
 
 if TYPE_CHECKING:
@@ -449,6 +450,7 @@ class Infers:
         if not self._directory.observers:
             return
         headed = infer.first_byte_at is not None
+        tokens = UNSAID if infer.meter is None else infer.meter.tokens()
         self._directory.notify(
             InferSettled(
                 task_id=infer.task_id,
@@ -462,6 +464,10 @@ class Infers:
                 engine_status=infer.engine_status if headed else None,
                 key_id=None if infer.claim is None else infer.claim.caller.key_id,
                 attempts=infer.attempts,
+                # One whose frame was never taken was with nobody.
+                service_s=now - infer.sent_at if infer.channel is not None and infer.frame_taken else None,
+                tokens_in=tokens.into,
+                tokens_out=tokens.out,
             )
         )
 

@@ -1,21 +1,23 @@
 """What has been decided, on its way to the store.
 
 The broker decides in memory and puts the new record here in the same step; one writer commits whatever has gathered
-since its last commit (group commit). Only the last state of each row, session, key and alias is kept, so the journal is
-bounded by what there is and, while the store is down, by a number (`is_overfull`). An acknowledgement waits for the commit
-that carries its step; if that fails it is refused with `StoreUnavailable`, but the step stays, and the writer repeats it
-until it is down.
+since its last commit (group commit). Only the last state of each row, session, key, alias and cell of usage is kept, so the
+journal is bounded by what there is and, while the store is down, by a number (`is_overfull`). An acknowledgement waits for
+the commit that carries its step; if that fails it is refused with `StoreUnavailable`, but the step stays, and the writer
+repeats it until it is down.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 
 import trio
 
 from .errors import StoreUnavailable
 from .faults import stacks_of
+from .ledger import CellKey, Usage
 from .models import LLM, Alias, Batch, Key, SessionRecord
 from .store.base import Store, StoreError
 
@@ -66,6 +68,8 @@ class Journal:
         self._sessions: dict[str, SessionRecord | None] = {}
         self._keys: dict[str, Key | None] = {}
         self._aliases: dict[str, Alias | None] = {}
+        self._usage: dict[CellKey, Usage] = {}
+        self._usage_before = 0
         self._next: Commit | None = None
         self._work = trio.Event()
         self._writing = trio.Lock()
@@ -91,6 +95,16 @@ class Journal:
     def put_alias(self, name: str, alias: Alias | None) -> None:
         """An alias is now so; None: it is gone."""
         self._aliases[name] = alias
+        self._work.set()
+
+    def put_usage(self, cells: Mapping[CellKey, Usage]) -> None:
+        """These cells stand so now. Whoever puts them bounds how many there are."""
+        self._usage.update(cells)
+        self._work.set()
+
+    def drop_usage(self, before_hour: int) -> None:
+        """The cells of hours before this one are gone."""
+        self._usage_before = max(self._usage_before, before_hour)
         self._work.set()
 
     @property
@@ -132,9 +146,10 @@ class Journal:
     async def _flush(self) -> None:
         """Commit once what has gathered. A failure is kept for the next time."""
         self._work = trio.Event()
-        batch = Batch(self._llms, self._sessions, self._keys, self._aliases)
+        batch = Batch(self._llms, self._sessions, self._keys, self._aliases, self._usage, self._usage_before)
         commit, self._next = self._next, None
         self._llms, self._sessions, self._keys, self._aliases = {}, {}, {}, {}
+        self._usage, self._usage_before = {}, 0
         error: StoreError | None = StoreError("the broker closed before the store had answered")
         self._writing_since = trio.current_time()
         try:
@@ -158,6 +173,8 @@ class Journal:
                 self._sessions = batch.sessions | self._sessions
                 self._keys = batch.keys | self._keys
                 self._aliases = batch.aliases | self._aliases
+                self._usage = batch.usage | self._usage
+                self._usage_before = max(batch.usage_before, self._usage_before)
                 self._work.set()
             elif not self._last_went_well:
                 logger.warning("the store is well again")

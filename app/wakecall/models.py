@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Literal
 
+from .ledger import CellKey, Usage
+
 __all__ = [
     "LLM",
     "Alias",
@@ -384,17 +386,22 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Changes that are committed together: the last state of each row, session, key and alias, None where it is gone."""
+    """Changes that are committed together: the last state of each row, session, key and alias, None where it is gone.
+
+    `usage`: cells as they stand. Those of hours before `usage_before` are gone.
+    """
 
     llms: dict[str, LLM | None] = field(default_factory=dict)
     sessions: dict[str, SessionRecord | None] = field(default_factory=dict)
     keys: dict[str, Key | None] = field(default_factory=dict)
     aliases: dict[str, Alias | None] = field(default_factory=dict)
+    usage: dict[CellKey, Usage] = field(default_factory=dict)
+    usage_before: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that a store holds."""
+    """All that a store holds, but for usage."""
 
     llms: tuple[LLM, ...] = ()
     sessions: tuple[SessionRecord, ...] = ()
@@ -441,6 +448,8 @@ class InferSettled:
 
     `first_byte_s` is None where no byte of an answer came; `engine_status` where no head did; `key_id` where none was
     needed. `llm` is the row that had it last, or else what was asked for; `attempts` how many publishers it was sent to.
+    `service_s` is how long it was at the last of them; None: it was sent to none. `tokens_in` and `tokens_out` are what its
+    answer says of itself; None: it does not say.
     """
 
     task_id: str
@@ -454,6 +463,9 @@ class InferSettled:
     engine_status: int | None
     key_id: str | None = None
     attempts: int = 0
+    service_s: float | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from . import views
 from .core import Core
 from .errors import NotFound, SessionNotFound
+from .ledger import Usage, UsageBy
 from .models import (
     AliasView,
     Hold,
@@ -25,7 +26,7 @@ __all__ = ["Operating"]
 
 
 class Operating(Core):
-    """Keys, rows, names, sessions and owners, as operators see and change them."""
+    """Keys, usage, rows, names, sessions and owners, as operators see and change them."""
 
     # Keys -----------------------------------------------------------------------------------------------------------
 
@@ -86,6 +87,24 @@ class Operating(Core):
         """
         self._access.revoke_nowait(key_id)
         await self._journal.commit().wait()
+
+    # Usage ----------------------------------------------------------------------------------------------------------
+
+    async def usage(self, by: UsageBy, since: float) -> dict[str, Usage]:
+        """What was used from the hour on in which an instant is, up to now.
+
+        Args:
+            by: what it is summed by.
+            since: seconds since the epoch.
+
+        Returns:
+            The sums by the keys' ids (empty: no key was needed), those of revoked ones too, or by the LLMs' names.
+            `ledger.OTHERS` stands for what was one too many for `max_usage_cells`.
+
+        Raises:
+            StoreUnavailable: it cannot be written or read.
+        """
+        return await self._accounting.read(by, since)
 
     # Rows and sessions ----------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from .config import BrokerConfig
 from .deadlines import Deadline
 from .errors import TooMany, WakecallError
 from .models import InferRequest
+from .usage import UsageMeter, meter_for
 
 if TYPE_CHECKING:
     from .directory import Pool, Row
@@ -85,6 +86,7 @@ class Infer:
         "idle_s",
         "last_byte_at",
         "max_readers",
+        "meter",
         "only",
         "phase",
         "phase_until",
@@ -148,6 +150,7 @@ class Infer:
         self.upload: Upload | None = None
         self.engine_status = 200
         self.content_type: str | None = None
+        self.meter: UsageMeter | None = None
         self.idle_s = config.idle_s
         self.max_readers: Final = config.max_readers_per_reply
         self.stream = ByteStream(config.reply_buffer_bytes, self._on_room)
@@ -199,6 +202,7 @@ class Infer:
         self.first_byte_at = now
         self.engine_status = status
         self.content_type = content_type
+        self.meter = meter_for(status, content_type)
         self.phase = "idle"
         self.head_ready.set()
 

@@ -207,6 +207,8 @@ class Intake:
         infer.received += len(data)
         infer.last_byte_at = now
         infer.stream.put_nowait(data, now)
+        if infer.meter is not None:
+            infer.meter.feed(data)
         assert infer.deadline is not None
         assert infer.channel is not None
         infer.channel.hasten(infer.deadline, now + min(config.idle_s, config.peer_stall_s))

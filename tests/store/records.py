@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 from hypothesis import strategies as st
 
 from wakecall.keys import ROLES
-from wakecall.models import LLM, Batch, Key, Kind, SessionRecord, Status
+from wakecall.ledger import CellKey, Usage
+from wakecall.models import LLM, Alias, Batch, Key, Kind, SessionRecord, Status
 from wakecall.store import MemoryStore, Store
 from wakecall.store.sqlite import open_sqlite_store
 
@@ -64,12 +65,26 @@ def key(key_id: str = "key_1", **changes: object) -> Key:
     return Key(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def batch_of(rows: Iterable[LLM] = (), sessions: Iterable[SessionRecord] = (), keys: Iterable[Key] = ()) -> Batch:
+def alias(name: str = "fast", **changes: object) -> Alias:
+    """An alias of `qwen`, except as said."""
+    values: dict[str, object] = {"name": name, "targets": ("qwen",), "created_at": 1000.0}
+    return Alias(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def batch_of(
+    rows: Iterable[LLM] = (),
+    sessions: Iterable[SessionRecord] = (),
+    keys: Iterable[Key] = (),
+    aliases: Iterable[Alias] = (),
+    usage: Mapping[CellKey, Usage] | None = None,
+) -> Batch:
     """A batch that writes these and deletes nothing."""
     return Batch(
         {each.name: each for each in rows},
         {each.session_id: each for each in sessions},
         {each.key_id: each for each in keys},
+        {each.name: each for each in aliases},
+        dict(usage or {}),
     )
 
 
@@ -107,6 +122,13 @@ LLM_FIELDS = {
     "pool": st.none() | texts,
     "url": st.none() | texts,
     "key_env": st.none() | texts,
+    "group": st.none() | texts,
+    "queue_s": st.none() | instants,
+    "first_byte_s": st.none() | instants,
+    "idle_s": st.none() | instants,
+    "total_s": st.none() | instants,
+    "hold": st.sampled_from([None, "drain", "pause"]),
+    "paused": st.booleans(),
 }
 SESSION_FIELDS = {
     "session_id": texts,
@@ -131,11 +153,34 @@ KEY_FIELDS = {
     "rpm": st.none() | counts,
     "max_in_flight": st.none() | counts,
 }
+ALIAS_FIELDS = {
+    "name": texts,
+    "targets": st.lists(texts, max_size=3).map(tuple),
+    "created_at": instants,
+}
+USAGE_FIELDS = {
+    "requests": st.integers(0, 10**6),
+    "completed": st.integers(0, 10**6),
+    "failed": st.integers(0, 10**6),
+    "cancelled": st.integers(0, 10**6),
+    "unknown": st.integers(0, 10**6),
+    "tokens_in": st.integers(0, 10**15),
+    "tokens_out": st.integers(0, 10**15),
+    # Sums of these are exact, in whatever order they are made.
+    "seconds": st.integers(0, 10**6).map(lambda eighths: eighths / 8),
+}
 llms = st.builds(LLM, **LLM_FIELDS)
 sessions = st.builds(SessionRecord, **SESSION_FIELDS)
 tables = st.lists(llms, max_size=12, unique_by=lambda x: x.name)
 keys = st.builds(Key, **KEY_FIELDS)
 key_tables = st.lists(keys, max_size=6, unique_by=(lambda x: x.key_id, lambda x: x.digest))
+aliases = st.builds(Alias, **ALIAS_FIELDS)
+alias_tables = st.lists(aliases, max_size=6, unique_by=lambda x: x.name)
+usages = st.builds(Usage, **USAGE_FIELDS)
+hours = st.integers(480_000, 480_005)
+#: Few hours, keys and names, so that cells meet and sums have more than one.
+cells = st.tuples(hours, st.sampled_from(["", "key_1"]) | texts, st.sampled_from(["qwen", "*"]) | texts)
+cell_tables = st.dictionaries(cells, usages, max_size=12)
 session_tables = st.lists(sessions, max_size=12, unique_by=lambda x: x.session_id)
 
 # Few keys, so that batches meet.
@@ -151,4 +196,9 @@ batches = st.builds(
     st.dictionaries(_keys, st.none() | keys).map(
         lambda d: {key_id: value and key(key_id, name=value.name, llms=value.llms) for key_id, value in d.items()}
     ),
+    st.dictionaries(_keys, st.none() | aliases).map(
+        lambda d: {name: value and alias(name, targets=value.targets) for name, value in d.items()}
+    ),
+    st.dictionaries(st.tuples(hours, st.sampled_from(["", "key_1"]), st.just("qwen")), usages, max_size=6),
+    st.just(0) | hours,
 )

@@ -13,14 +13,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.store.records import (
+    ALIAS_FIELDS,
     KEY_FIELDS,
     LLM_FIELDS,
     OPENERS,
     SESSION_FIELDS,
+    USAGE_FIELDS,
     OpenStore,
+    alias,
+    alias_tables,
     batch_of,
     batches,
+    cell_tables,
     database_in,
+    hours,
     instants,
     key,
     key_tables,
@@ -30,7 +36,8 @@ from tests.store.records import (
     tables,
     texts,
 )
-from wakecall.models import LLM, Batch, Key, Kind, SessionRecord, Snapshot, Status
+from wakecall.ledger import CellKey, Usage
+from wakecall.models import LLM, Alias, Batch, Key, Kind, SessionRecord, Snapshot, Status
 from wakecall.store import Store
 from wakecall.sweep import decide
 
@@ -62,6 +69,8 @@ def test_the_strategies_cover_every_field() -> None:
     assert set(LLM_FIELDS) == {each.name for each in fields(LLM)}
     assert set(SESSION_FIELDS) == {each.name for each in fields(SessionRecord)}
     assert set(KEY_FIELDS) == {each.name for each in fields(Key)}
+    assert set(ALIAS_FIELDS) == {each.name for each in fields(Alias)}
+    assert set(USAGE_FIELDS) == {each.name for each in fields(Usage)}
 
 
 async def test_a_new_store_is_empty(open_store: OpenStore, tmp_path: Path) -> None:
@@ -71,26 +80,35 @@ async def test_a_new_store_is_empty(open_store: OpenStore, tmp_path: Path) -> No
         assert await store.rows_of_session("laptop") == ()
         assert await store.stale_rows(1e12) == ()
         assert await store.expired_rows(1e12) == ()
+        assert await store.usage(0, "key") == await store.usage(0, "llm") == await store.usage_cells(0) == {}
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=tables, sessions=session_tables, keys=key_tables)
-@example(rows=[], sessions=[], keys=[])
+@given(rows=tables, sessions=session_tables, keys=key_tables, aliases=alias_tables, usage=cell_tables)
+@example(rows=[], sessions=[], keys=[], aliases=[], usage={})
 @pytest.mark.parametrize("open_store", OPENERS.values(), ids=OPENERS.keys())
 def test_what_was_written_is_loaded_to_the_last_bit(
-    open_store: OpenStore, rows: list[LLM], sessions: list[SessionRecord], keys: list[Key]
+    open_store: OpenStore,
+    rows: list[LLM],
+    sessions: list[SessionRecord],
+    keys: list[Key],
+    aliases: list[Alias],
+    usage: dict[CellKey, Usage],
 ) -> None:
-    """Every field comes back as it was, type and all; rows by name, sessions and keys by id."""
+    """Every field comes back as it was, type and all; rows and aliases by name, sessions and keys by id."""
 
     async def use(store: Store) -> None:
-        await store.write(batch_of(rows, sessions, keys))
+        await store.write(batch_of(rows, sessions, keys, aliases, usage))
         loaded = await store.load()
         assert loaded.llms == tuple(sorted(rows, key=lambda x: x.name))
         assert loaded.sessions == tuple(sorted(sessions, key=lambda x: x.session_id))
         assert loaded.keys == tuple(sorted(keys, key=lambda x: x.key_id))
+        assert loaded.aliases == tuple(sorted(aliases, key=lambda x: x.name))
+        assert await store.usage_cells(0) == usage
         for row in loaded.llms:
             assert type(row.status) is Status
             assert type(row.kind) is Kind
+            assert type(row.paused) is bool
             assert row.remembers is None or type(row.remembers) is Status
 
     in_new_store(open_store, use)
@@ -99,22 +117,29 @@ def test_what_was_written_is_loaded_to_the_last_bit(
 @settings(max_examples=60, deadline=None)
 @given(steps=st.lists(batches, max_size=6))
 @pytest.mark.parametrize("open_store", OPENERS.values(), ids=OPENERS.keys())
-def test_the_last_state_of_each_row_session_and_key_stands(open_store: OpenStore, steps: list[Batch]) -> None:
-    """Batches apply in their order; None deletes; what a batch does not name stays."""
+def test_the_last_state_of_each_record_stands(open_store: OpenStore, steps: list[Batch]) -> None:
+    """Batches apply in their order; None deletes, and so does an hour from which on usage is kept; the rest stays."""
 
     async def use(store: Store) -> None:
         rows: dict[str, LLM | None] = {}
         sessions: dict[str, SessionRecord | None] = {}
         keys: dict[str, Key | None] = {}
+        aliases: dict[str, Alias | None] = {}
+        usage: dict[CellKey, Usage] = {}
         for batch in steps:
             await store.write(batch)
             rows |= batch.llms
             sessions |= batch.sessions
             keys |= batch.keys
+            aliases |= batch.aliases
+            usage |= batch.usage
+            usage = {cell: each for cell, each in usage.items() if cell[0] >= batch.usage_before}
             loaded = await store.load()
             assert loaded.llms == tuple(rows[key] for key in sorted(rows) if rows[key])
             assert loaded.sessions == tuple(sessions[key] for key in sorted(sessions) if sessions[key])
             assert loaded.keys == tuple(keys[key] for key in sorted(keys) if keys[key])
+            assert loaded.aliases == tuple(aliases[name] for name in sorted(aliases) if aliases[name])
+            assert await store.usage_cells(0) == usage
 
     in_new_store(open_store, use)
 
@@ -123,20 +148,31 @@ async def test_a_batch_that_is_written_again_changes_nothing(open_store: OpenSto
     """The writer repeats a batch whose commit it did not hear of."""
     async with open_store(database_in(tmp_path)) as store:
         await store.write(
-            batch_of([llm("gone"), llm("kept")], [session("gone"), session("kept")], [key("gone"), key("kept")])
+            batch_of(
+                [llm("gone"), llm("kept")],
+                [session("gone"), session("kept")],
+                [key("gone"), key("kept")],
+                [alias("gone"), alias("kept")],
+                {(7, "", "gone"): Usage(requests=1), (8, "", "kept"): Usage(requests=2)},
+            )
         )
         batch = Batch(
             {"gone": None, "never": None, "new": llm("new")},
             {"gone": None, "new": session("new")},
             {"gone": None, "new": key("new")},
+            {"gone": None, "new": alias("new")},
+            {(8, "", "kept"): Usage(requests=3), (8, "", "new"): Usage(requests=4)},
+            usage_before=8,
         )
         await store.write(batch)
         once = await store.load()
         await store.write(batch)
         assert await store.load() == once
+        assert await store.usage(0, "llm") == {"kept": Usage(requests=3), "new": Usage(requests=4)}
         assert names(once.llms) == ["kept", "new"]
         assert [each.session_id for each in once.sessions] == ["kept", "new"]
         assert [each.key_id for each in once.keys] == ["kept", "new"]
+        assert [each.name for each in once.aliases] == ["kept", "new"]
 
 
 async def test_an_empty_batch_is_fine(open_store: OpenStore, tmp_path: Path) -> None:
@@ -246,6 +282,28 @@ def test_all_stores_answer_alike(rows: list[LLM], cutoff: float, session_id: str
         assert await store.rows_of_session(session_id) == tuple(sorted(own, key=lambda x: x.name))
         assert await store.stale_rows(cutoff) == tuple(sorted(stale, key=lambda x: (x.last_heartbeat_at, x.name)))
         assert await store.expired_rows(cutoff) == tuple(sorted(expired, key=lambda x: (x.inactive_since, x.name)))
+
+    for open_store in OPENERS.values():
+        in_new_store(open_store, use)
+
+
+@settings(max_examples=60, deadline=None)
+@given(usage=cell_tables, since=hours)
+@example(usage={(480_001, "", "a"): Usage(requests=1), (480_000, "k", "a"): Usage(requests=2)}, since=480_001)
+def test_usage_is_summed_from_an_hour_on(usage: dict[CellKey, Usage], since: int) -> None:
+    """By key and by LLM, sorted, in every store alike; what is before that hour is not in it."""
+    expected: tuple[dict[str, Usage], dict[str, Usage]] = ({}, {})
+    for (hour, *names_of), each in usage.items():
+        if hour >= since:
+            for sums, name in zip(expected, names_of, strict=True):
+                sums[name] = sums.get(name, Usage()) + each
+
+    async def use(store: Store) -> None:
+        await store.write(batch_of(usage=usage))
+        for by, sums in zip(("key", "llm"), expected, strict=True):
+            found = await store.usage(since, by)  # type: ignore[arg-type]
+            assert list(found.items()) == sorted(sums.items())
+        assert await store.usage_cells(since) == {cell: each for cell, each in usage.items() if cell[0] >= since}
 
     for open_store in OPENERS.values():
         in_new_store(open_store, use)

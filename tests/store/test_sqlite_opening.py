@@ -309,7 +309,8 @@ async def test_each_migration_has_its_record(path: Path) -> None:
     await fill(path)
     with closing(sqlite3.connect(path)) as connection:
         found = connection.execute("SELECT migration_set, name FROM _sqlite_migrations").fetchall()
-    assert found == [("wakecall", "0001_llms_and_sessions"), ("wakecall", "0002_keys"), ("wakecall", "0003_traffic")]
+    names = ["0001_llms_and_sessions", "0002_keys", "0003_traffic", "0004_usage"]
+    assert found == [("wakecall", name) for name in names]
 
 
 async def test_an_upgrade_that_fails_leaves_nothing_of_itself(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

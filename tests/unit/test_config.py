@@ -28,6 +28,8 @@ DEFAULTS: dict[str, float] = {
     "residence_s": 30,
     "waiting_s": 10,
     "settled_memory_s": 300,
+    "usage_flush_s": 5,
+    "usage_retention_s": 400 * 86_400,
     "max_body_bytes": 32 * MIB,
     "max_held_bytes": 1 * GIB,
     "max_inline_body_bytes": 64 * KIB,
@@ -49,6 +51,7 @@ DEFAULTS: dict[str, float] = {
     "max_settled_per_session": 1000,
     "max_keys": 10_000,
     "max_readers_per_reply": 64,
+    "max_usage_cells": 50_000,
 }
 NAMES = [each.name for each in fields(BrokerConfig)]
 BOUNDS = [name for name in NAMES if not name.endswith("_s")]

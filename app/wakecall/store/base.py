@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ..ledger import CellKey, Usage, UsageBy
 from ..models import LLM, Alias, Batch, Key, Kind, SessionRecord, Snapshot, Status
 
 __all__ = ["MemoryStore", "Store", "StoreError", "StoreInUse"]
@@ -35,6 +36,12 @@ class Store(Protocol):
     async def expired_rows(self, cutoff: float) -> tuple[LLM, ...]:
         """Inactive virtual rows that have been so since `cutoff` or before, oldest first, then by name."""
 
+    async def usage(self, since_hour: int, by: UsageBy) -> dict[str, Usage]:
+        """All usage from an hour on, summed by the keys' ids or by the LLMs' names."""
+
+    async def usage_cells(self, since_hour: int) -> dict[CellKey, Usage]:
+        """The cells from an hour on."""
+
     async def aclose(self) -> None:
         """Let go of everything held. Idempotent."""
 
@@ -47,6 +54,7 @@ class MemoryStore:
         self._sessions: dict[str, SessionRecord] = {}
         self._keys: dict[str, Key] = {}
         self._aliases: dict[str, Alias] = {}
+        self._usage: dict[CellKey, Usage] = {}
 
     async def load(self) -> Snapshot:
         return Snapshot(
@@ -77,6 +85,9 @@ class MemoryStore:
                 self._aliases.pop(name, None)
             else:
                 self._aliases[name] = alias
+        self._usage |= batch.usage
+        if batch.usage_before:
+            self._usage = {cell: usage for cell, usage in self._usage.items() if cell[0] >= batch.usage_before}
 
     async def rows_of_session(self, session_id: str) -> tuple[LLM, ...]:
         return tuple(sorted((x for x in self._llms.values() if x.session_id == session_id), key=lambda x: x.name))
@@ -96,6 +107,17 @@ class MemoryStore:
             if x.kind is Kind.VIRTUAL and x.status is Status.INACTIVE and x.inactive_since is not None
         ]
         return tuple(x for since, _, x in sorted(found, key=lambda f: f[:2]) if since <= cutoff)
+
+    async def usage(self, since_hour: int, by: UsageBy) -> dict[str, Usage]:
+        found: dict[str, Usage] = {}
+        for (hour, key_id, llm), usage in self._usage.items():
+            if hour >= since_hour:
+                name = key_id if by == "key" else llm
+                found[name] = found.get(name, Usage()) + usage
+        return dict(sorted(found.items()))
+
+    async def usage_cells(self, since_hour: int) -> dict[CellKey, Usage]:
+        return {cell: usage for cell, usage in self._usage.items() if cell[0] >= since_hour}
 
     async def aclose(self) -> None:
         pass

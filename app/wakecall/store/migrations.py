@@ -105,6 +105,29 @@ def _traffic(db: Database) -> None:
     )
 
 
+@MIGRATIONS(name="0004_usage")
+def _usage(db: Database) -> None:
+    # By the hour first: what is asked for, and what is deleted, is from an hour on or before one.
+    db.execute(
+        """
+        CREATE TABLE usage (
+            hour INTEGER NOT NULL,
+            key_id TEXT NOT NULL,
+            llm TEXT NOT NULL,
+            requests INTEGER NOT NULL,
+            completed INTEGER NOT NULL,
+            failed INTEGER NOT NULL,
+            cancelled INTEGER NOT NULL,
+            unknown INTEGER NOT NULL,
+            tokens_in INTEGER NOT NULL,
+            tokens_out INTEGER NOT NULL,
+            seconds REAL NOT NULL,
+            PRIMARY KEY (hour, key_id, llm)
+        ) WITHOUT ROWID
+        """
+    )
+
+
 # All of them are still to be applied to an empty database.
 with closing(Database(sqlite3.connect(":memory:"), execute_plugins=False)) as _empty:
     KNOWN: Final = frozenset(each.name for each in MIGRATIONS.pending(_empty))

@@ -17,15 +17,12 @@ file at any time.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import sqlite3
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
-from dataclasses import fields
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 from urllib.parse import quote
@@ -33,8 +30,9 @@ from urllib.parse import quote
 import trio
 from sqlite_utils import Database
 
-from ..keys import ROLES
-from ..models import LLM, Alias, Batch, Key, Kind, SessionRecord, Snapshot, Status
+from ..ledger import CellKey, Usage, UsageBy
+from ..models import LLM, Batch, SessionRecord, Snapshot
+from . import rows
 from .base import StoreError, StoreInUse
 from .files import MAGIC, OpenFiles
 from .migrations import KNOWN, MIGRATIONS
@@ -47,99 +45,6 @@ T = TypeVar("T")
 # What SQLite, the binding of its parameters and the reading of its rows can raise: a lone surrogate is a UnicodeError,
 # an integer beyond 64 bits an OverflowError, a status that is none a ValueError.
 _TROUBLE: Final = (sqlite3.Error, OSError, OverflowError, ValueError)
-
-# Statements ---------------------------------------------------------------------------------------------------------
-
-_LLM_COLUMNS: Final = tuple(each.name for each in fields(LLM))
-_SESSION_COLUMNS: Final = tuple(each.name for each in fields(SessionRecord))
-_KEY_COLUMNS: Final = tuple(each.name for each in fields(Key))
-_ALIAS_COLUMNS: Final = tuple(each.name for each in fields(Alias))
-
-
-def _quoted(columns: tuple[str, ...]) -> str:
-    return ", ".join(f'"{name}"' for name in columns)
-
-
-def _upsert(table: str, columns: tuple[str, ...]) -> str:
-    """An upsert by the first column. It updates in place: REPLACE would take the row out of every index and back."""
-    key, *rest = columns
-    sets = ", ".join(f'"{name}" = excluded."{name}"' for name in rest)
-    marks = ", ".join("?" for _ in columns)
-    names = _quoted(columns)
-    return f"INSERT INTO {table} ({names}) VALUES ({marks}) ON CONFLICT ({key}) DO UPDATE SET {sets}"  # noqa: S608
-
-
-_PUT_LLM: Final = _upsert("llms", _LLM_COLUMNS)
-_PUT_SESSION: Final = _upsert("sessions", _SESSION_COLUMNS)
-_PUT_KEY: Final = _upsert("keys", _KEY_COLUMNS)
-_PUT_ALIAS: Final = _upsert("aliases", _ALIAS_COLUMNS)
-_DROP_LLM: Final = "DELETE FROM llms WHERE name = ?"
-_DROP_SESSION: Final = "DELETE FROM sessions WHERE session_id = ?"
-_DROP_KEY: Final = "DELETE FROM keys WHERE key_id = ?"
-_DROP_ALIAS: Final = "DELETE FROM aliases WHERE name = ?"
-
-_SELECT_LLMS: Final = f"SELECT {_quoted(_LLM_COLUMNS)} FROM llms"  # noqa: S608
-_LOAD_LLMS: Final = f"{_SELECT_LLMS} ORDER BY name"
-_LOAD_SESSIONS: Final = f"SELECT {_quoted(_SESSION_COLUMNS)} FROM sessions ORDER BY session_id"  # noqa: S608
-_LOAD_KEYS: Final = f"SELECT {_quoted(_KEY_COLUMNS)} FROM keys ORDER BY key_id"  # noqa: S608
-_LOAD_ALIASES: Final = f"SELECT {_quoted(_ALIAS_COLUMNS)} FROM aliases ORDER BY name"  # noqa: S608
-_OF_SESSION: Final = f"{_SELECT_LLMS} WHERE session_id = ? ORDER BY name"
-# The conditions stand here word for word as in the partial indexes: SQLite takes those only where it sees the same.
-_STALE: Final = (
-    f"{_SELECT_LLMS} WHERE kind = 'virtual' AND status <> 'inactive' AND last_heartbeat_at <= ?"
-    " ORDER BY last_heartbeat_at, name"
-)
-_EXPIRED: Final = (
-    f"{_SELECT_LLMS} WHERE kind = 'virtual' AND status = 'inactive' AND inactive_since <= ?"
-    " ORDER BY inactive_since, name"
-)
-
-_llm_values: Final = attrgetter(*_LLM_COLUMNS)
-_session_values: Final = attrgetter(*_SESSION_COLUMNS)
-_STATUS: Final = _LLM_COLUMNS.index("status")
-_KIND: Final = _LLM_COLUMNS.index("kind")
-_REMEMBERS: Final = _LLM_COLUMNS.index("remembers")
-_PAUSED: Final = _LLM_COLUMNS.index("paused")
-
-
-def _llms(rows: sqlite3.Cursor) -> tuple[LLM, ...]:
-    found = []
-    # Fetched first: a cursor that is left in the middle keeps its snapshot, and with it the log from being cut back.
-    for row in rows.fetchall():
-        values = list(row)
-        values[_STATUS] = Status(values[_STATUS])
-        values[_KIND] = Kind(values[_KIND])
-        if values[_REMEMBERS] is not None:
-            values[_REMEMBERS] = Status(values[_REMEMBERS])
-        values[_PAUSED] = bool(values[_PAUSED])
-        found.append(LLM(*values))
-    return tuple(found)
-
-
-def _keys(rows: sqlite3.Cursor) -> tuple[Key, ...]:
-    found = []
-    for row in rows.fetchall():
-        values = dict(zip(_KEY_COLUMNS, row, strict=True))
-        if values["role"] not in ROLES:
-            raise ValueError(f"a key has the role {values['role']!r}, which is none")
-        if values["llms"] is not None:
-            values["llms"] = tuple(json.loads(values["llms"]))
-        found.append(Key(**values))
-    return tuple(found)
-
-
-def _aliases(rows: sqlite3.Cursor) -> tuple[Alias, ...]:
-    return tuple(Alias(name, tuple(json.loads(targets)), created_at) for name, targets, created_at in rows.fetchall())
-
-
-def _alias_values(alias: Alias) -> tuple[object, ...]:
-    return alias.name, json.dumps(alias.targets), alias.created_at
-
-
-def _key_values(key: Key) -> tuple[object, ...]:
-    patterns = None if key.llms is None else json.dumps(key.llms)
-    return tuple(patterns if name == "llms" else getattr(key, name) for name in _KEY_COLUMNS)
-
 
 # The store ----------------------------------------------------------------------------------------------------------
 
@@ -182,15 +87,23 @@ class SqliteStore:
 
     async def rows_of_session(self, session_id: str) -> tuple[LLM, ...]:
         """The rows of a session, by name."""
-        return await self._run("read", self._query, _OF_SESSION, session_id)
+        return await self._run("read", self._query, rows.OF_SESSION, session_id)
 
     async def stale_rows(self, cutoff: float) -> tuple[LLM, ...]:
         """Live virtual rows whose last heartbeat is at or before `cutoff`, oldest first, then by name."""
-        return await self._run("read", self._query, _STALE, cutoff)
+        return await self._run("read", self._query, rows.STALE, cutoff)
 
     async def expired_rows(self, cutoff: float) -> tuple[LLM, ...]:
         """Inactive virtual rows that have been so since `cutoff` or before, oldest first, then by name."""
-        return await self._run("read", self._query, _EXPIRED, cutoff)
+        return await self._run("read", self._query, rows.EXPIRED, cutoff)
+
+    async def usage(self, since_hour: int, by: UsageBy) -> dict[str, Usage]:
+        """All usage from an hour on, summed by the keys' ids or by the LLMs' names."""
+        return await self._run("read", lambda: rows.sums_of(self._db.execute(rows.SUM_USAGE[by], (since_hour,))))
+
+    async def usage_cells(self, since_hour: int) -> dict[CellKey, Usage]:
+        """The cells from an hour on."""
+        return await self._run("read", lambda: rows.cells_of(self._db.execute(rows.LOAD_CELLS, (since_hour,))))
 
     async def aclose(self) -> None:
         """Fold the log into the file, close it and give up its lock. Idempotent; what is under way ends first."""
@@ -218,38 +131,42 @@ class SqliteStore:
     def _load(self) -> Snapshot:
         # All reads from one transaction: they are one state.
         with _transaction(self._db, "BEGIN"):
-            llms = _llms(self._db.execute(_LOAD_LLMS))
-            sessions = tuple(SessionRecord(*row) for row in self._db.execute(_LOAD_SESSIONS))
-            keys = _keys(self._db.execute(_LOAD_KEYS))
-            aliases = _aliases(self._db.execute(_LOAD_ALIASES))
+            llms = rows.llms_of(self._db.execute(rows.LOAD_LLMS))
+            sessions = tuple(SessionRecord(*row) for row in self._db.execute(rows.LOAD_SESSIONS))
+            keys = rows.keys_of(self._db.execute(rows.LOAD_KEYS))
+            aliases = rows.aliases_of(self._db.execute(rows.LOAD_ALIASES))
         return Snapshot(llms, sessions, keys, aliases)
 
     def _query(self, sql: str, argument: str | float) -> tuple[LLM, ...]:
-        return _llms(self._db.execute(sql, (argument,)))
+        return rows.llms_of(self._db.execute(sql, (argument,)))
 
     def _write(self, batch: Batch) -> None:
-        put_llms = [_llm_values(llm) for llm in batch.llms.values() if llm is not None]
+        put_llms = [rows.llm_values(llm) for llm in batch.llms.values() if llm is not None]
         drop_llms = [(name,) for name, llm in batch.llms.items() if llm is None]
-        put_sessions = [_session_values(session) for session in batch.sessions.values() if session is not None]
+        put_sessions = [rows.session_values(session) for session in batch.sessions.values() if session is not None]
         drop_sessions = [(session_id,) for session_id, session in batch.sessions.items() if session is None]
-        put_keys = [_key_values(key) for key in batch.keys.values() if key is not None]
+        put_keys = [rows.key_values(key) for key in batch.keys.values() if key is not None]
         drop_keys = [(key_id,) for key_id, key in batch.keys.items() if key is None]
-        put_aliases = [_alias_values(alias) for alias in batch.aliases.values() if alias is not None]
+        put_aliases = [rows.alias_values(alias) for alias in batch.aliases.values() if alias is not None]
         drop_aliases = [(name,) for name, alias in batch.aliases.items() if alias is None]
+        put_usage = [rows.usage_values(cell, usage) for cell, usage in batch.usage.items()]
         if not self._files.check():
             self._begin_new_log()
         # IMMEDIATE: whoever else is writing is waited for here, before anything is done. A deferred transaction that
         # has read would fail at its first write, without waiting.
         with _transaction(self._db, "BEGIN IMMEDIATE"):
             connection = self._db.conn
-            connection.executemany(_DROP_LLM, drop_llms)
-            connection.executemany(_PUT_LLM, put_llms)
-            connection.executemany(_DROP_SESSION, drop_sessions)
-            connection.executemany(_PUT_SESSION, put_sessions)
-            connection.executemany(_DROP_KEY, drop_keys)
-            connection.executemany(_PUT_KEY, put_keys)
-            connection.executemany(_DROP_ALIAS, drop_aliases)
-            connection.executemany(_PUT_ALIAS, put_aliases)
+            connection.executemany(rows.DROP_LLM, drop_llms)
+            connection.executemany(rows.PUT_LLM, put_llms)
+            connection.executemany(rows.DROP_SESSION, drop_sessions)
+            connection.executemany(rows.PUT_SESSION, put_sessions)
+            connection.executemany(rows.DROP_KEY, drop_keys)
+            connection.executemany(rows.PUT_KEY, put_keys)
+            connection.executemany(rows.DROP_ALIAS, drop_aliases)
+            connection.executemany(rows.PUT_ALIAS, put_aliases)
+            connection.executemany(rows.PUT_USAGE, put_usage)
+            if batch.usage_before:
+                connection.execute(rows.DROP_USAGE, (batch.usage_before,))
 
     def _begin_new_log(self) -> None:
         """Fold a log that has been deleted into the file, while we still have it open, and begin another one."""
