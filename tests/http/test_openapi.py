@@ -120,7 +120,7 @@ async def test_every_operation_succeeds_as_described(served: Served) -> None:
     served.description = fresh = description_of(served.app)
     public = {"type": "openai", "model": "m", "url": "https://api.example/v1"}
     rows = [{"name": "qwen", "max_concurrency": 9, "pool": "all"}, {"name": "asleep", "status": "hibernating"}]
-    for path in ("/", "/healthz", "/readyz", "/metrics", "/openapi.json"):
+    for path in ("/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/admin/v1/usage"):
         await served.ask("GET", path)
     async with served.publishing(*rows) as publisher:
         for relayed in (path for path in fresh.document["paths"] if path.startswith("/v1/") and "models" not in path):

@@ -22,6 +22,7 @@ VERBS: Final = {
     "serve": "Run a broker.",
     "publish": "Publish the models of an engine on a broker.",
     "ls": "List the models of a broker.",
+    "usage": "Show who used how much.",
     "keys": "Make, list and revoke API keys.",
     "demo": "See everything work, in one go, on this machine.",
 }

@@ -28,6 +28,7 @@ from .naming import add_naming_routes
 from .ops import add_ops_routes
 from .publisher import add_publisher_routes
 from .routes import Routes
+from .usage import add_usage_routes
 
 __all__ = ["create_app"]
 
@@ -68,6 +69,7 @@ def create_app(broker: Broker, *, loopback_only: bool = True, cors: Iterable[str
     add_publisher_routes(routes, broker)
     add_admin_routes(routes, broker)
     add_naming_routes(routes, broker)
+    add_usage_routes(routes, broker)
     add_ops_routes(routes, broker)
     app.extensions["wakecall.routes"] = routes
     guard = Guard(

@@ -78,6 +78,9 @@ class Metrics:
             "For how long engines may have generated for nobody.",
             registry=self._registry,
         )
+        self._tokens = Counter(
+            "wakecall_tokens", "Tokens, as far as answers say how many.", ("direction",), registry=self._registry
+        )
         self._wakes = Histogram(
             "wakecall_wake_seconds",
             "From a wake's frame to its outcome.",
@@ -91,6 +94,8 @@ class Metrics:
         # The broker has just begun, so what there is of it has not been missed; series exist before anything happened.
         for outcome in ("completed", "failed", "cancelled"):
             self._seconds.labels(outcome)
+        for direction in ("in", "out"):
+            self._tokens.labels(direction)
         for outcome in ("succeeded", "failed", "timed_out", "lost"):
             self._wakes.labels(outcome)
         for how in _RELEASES:
@@ -110,6 +115,8 @@ class Metrics:
                 self._first_byte.observe(event.first_byte_s)
             self._attempts.inc(event.attempts)
             self._moves.inc(max(event.attempts - 1, 0))
+            self._tokens.labels("in").inc(event.tokens_in or 0)
+            self._tokens.labels("out").inc(event.tokens_out or 0)
         elif isinstance(event, SlotReleased):
             self._cancels.labels(event.how).observe(event.seconds)
             self._unwanted.inc(max(event.seconds, 0.0))

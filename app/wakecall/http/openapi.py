@@ -117,7 +117,7 @@ class _Document:
             # For schemes other than OAuth's the list names roles (OpenAPI 3.1, Security Requirement Object).
             "security": [{scheme: [route.role]} for scheme in _SCHEMES] if route.role else [],
         }
-        if route.in_path or route.headers:
+        if route.in_path or route.headers or route.query:
             operation["parameters"] = self._parameters(route)
         if route.body is not None:
             operation["requestBody"] = {
@@ -145,6 +145,10 @@ class _Document:
                 "schema": {"type": "string", "pattern": f"^{header.pattern}$"},
             }
             for header in route.headers
+        ]
+        found += [
+            {"name": each.name, "in": "query", "description": each.description, "schema": dict(each.schema)}
+            for each in route.query
         ]
         return found
 

@@ -22,7 +22,7 @@ _ABOUT = """Wakecall: virtual LLMs behind one OpenAI-compatible address.
 
 clients      /v1/models, /v1/chat/completions, ...
 publishers   /publisher/v1/sessions/...
-operators    /admin/v1/llms, /admin/v1/sessions, /admin/v1/tasks, /admin/v1/keys
+operators    /admin/v1/llms, /admin/v1/sessions, /admin/v1/tasks, /admin/v1/keys, /admin/v1/usage
 state        /healthz, /readyz, /metrics
 description  /openapi.json
 """

@@ -30,7 +30,7 @@ from .answers import Answer
 from .auth import check_again
 from .calls import Call, begin, one_header, read_json
 
-__all__ = ["HELD_BODY", "Content", "Declared", "Header", "Id", "Instant", "Media", "Name", "Route", "Routes"]
+__all__ = ["HELD_BODY", "Content", "Declared", "Header", "Id", "Instant", "Media", "Name", "Query", "Route", "Routes"]
 
 Method = Literal["GET", "PUT", "POST", "PATCH", "DELETE"]
 
@@ -109,6 +109,28 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
+class Query:
+    """A parameter of a request's query. It may be left out; parameters that no route declares are ignored.
+
+    Args:
+        name: its name.
+        schema: of its value, in JSON Schema; the handler sees to it.
+        description: for the document.
+    """
+
+    name: str
+    schema: Mapping[str, Any]
+    description: str
+
+    def read(self, call: Call) -> str | None:
+        """Its value; None: it is not there. Raises InvalidRequest: it stands more than once."""
+        values = call.request.args.getlist(self.name)
+        if len(values) > 1:
+            raise InvalidRequest("This parameter stands at most once.", param=self.name)
+        return values[0] if values else None
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """One method of one path, as `Routes.add` was told."""
 
@@ -119,6 +141,7 @@ class Route:
     role: Role | None
     body: Content
     headers: tuple[Header, ...]
+    query: tuple[Query, ...]
     answers: Mapping[str, Content]
     errors: tuple[Declared, ...]
 
@@ -155,6 +178,7 @@ class Routes:
         answer: Content | Mapping[str, Content],
         body: Content = None,
         headers: tuple[Header, ...] = (),
+        query: tuple[Query, ...] = (),
         errors: tuple[Declared, ...] = (),
         name: str = "",
         has_head: bool = True,
@@ -168,6 +192,7 @@ class Routes:
             answer: what it answers with 200, or 204 for None; or by status or range of them (`4XX`).
             body: what it takes. A Struct's JSON is read, and comes as the keyword `said`.
             headers: what it reads of them beyond the body's.
+            query: what it reads of the query.
             errors: what it can end with beyond what any route of its kind can.
             name: of the operation; the handler's own when left out.
             has_head: whether a HEAD is answered as a GET without its body.
@@ -178,7 +203,7 @@ class Routes:
         def decorate(handler: Callable[..., Awaitable[Answer]]) -> Callable[..., Awaitable[Answer]]:
             named = name or handler.__name__
             summary = (handler.__doc__ or "").strip()
-            self.all.append(Route(method, rule, named, summary, role, body, headers, answer, errors))
+            self.all.append(Route(method, rule, named, summary, role, body, headers, query, answer, errors))
             self.app.add_url_rule(rule, named, self._view(handler, role, body), methods=[method])
             if not has_head:
                 for each in self.app.url_map.iter_rules(named):
