@@ -1,10 +1,12 @@
 """Usage on its way from the outcomes of infers to the store, and back to who asks for it.
 
 An outcome is added to the ledger in its own step, in memory. From then on it takes at most `usage_flush_s`, and what a
-commit takes, until the store has it: that much a SIGKILL can lose. A store that fails gets it again, after as long.
+commit takes, until the store has it: that much a SIGKILL can lose.
 """
 
 from __future__ import annotations
+
+from contextlib import suppress
 
 import trio
 
@@ -58,10 +60,9 @@ class Accounting:
             await self._news.wait()
             await trio.sleep(self._config.usage_flush_s)
             self._news = trio.Event()
-            try:
+            with suppress(StoreUnavailable):
+                # The journal repeats it until it is down, so there is nothing to be done here.
                 await self._flush()
-            except StoreUnavailable:
-                self._news.set()
 
     def flush_nowait(self) -> dict[CellKey, Usage]:
         """Put what has been counted into the journal. Returns it."""

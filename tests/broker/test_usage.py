@@ -221,8 +221,34 @@ async def test_a_store_that_fails_gets_it_later_and_who_asks_meanwhile_is_told(a
             await broker.usage("llm", 0)
         await trio.sleep(60)
         await serve_one(broker, publisher)
+        await trio.sleep(6)
         store.failing = False
         await trio.sleep(6)
+        assert written(store).requests == 2
+
+
+async def test_a_write_that_fails_does_not_undo_what_was_put_meanwhile(autojump_clock):
+    store = FakeStore()
+    async with (
+        open_test_broker(store=store) as broker,
+        FakePublisher(broker, "laptop", ["qwen"]) as publisher,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def ask():
+            assert (await broker.usage("llm", 0))["qwen"].requests == 2
+
+        await serve_one(broker, publisher)
+        store.failing, store.gate = True, trio.Event()
+        await trio.sleep(6)
+        assert store.busy
+        await serve_one(broker, publisher)
+        nursery.start_soon(ask)
+        await wait_all_tasks_blocked()
+        store.gate.set()
+        await trio.sleep(0.1)
+        store.failing = False
+        await trio.sleep(1)
         assert written(store).requests == 2
 
 
@@ -261,5 +287,9 @@ async def test_what_has_been_kept_for_long_enough_is_deleted(autojump_clock):
         tried = len(store.batches)
         await trio.sleep(60)
         assert len(store.batches) == tried
+        store.failing = True
         await trio.sleep(3600)
+        assert len(store._usage) == 3
+        store.failing = False
+        await trio.sleep(6)
         assert {hour_of(now) - cell[0] for cell in store._usage} == {0, 1}

@@ -335,3 +335,19 @@ async def test_a_sweep_costs_what_it_finds(path: Path, connections: list[sqlite3
         ["SEARCH llms USING INDEX llms_by_heartbeat (last_heartbeat_at<?)"],
         ["SEARCH llms USING INDEX llms_by_inactivity (inactive_since<?)"],
     ]
+
+
+async def test_usage_is_read_and_deleted_by_the_hour(path: Path, connections: list[sqlite3.Connection]) -> None:
+    """Each is one search in the table's own order: hours that are not asked for cost nothing."""
+    async with open_sqlite_store(path) as store:
+        asked: list[str] = []
+        connections[-1].set_trace_callback(asked.append)
+        await store.usage(1, "key")
+        await store.usage(1, "llm")
+        await store.usage_cells(1)
+        await store.write(Batch(usage_before=1))
+        connections[-1].set_trace_callback(None)
+    asked = [sql for sql in asked if "usage" in sql]
+    with closing(sqlite3.connect(path)) as connection:
+        plans = [connection.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall()[0][3] for sql in asked]
+    assert plans == [*["SEARCH usage USING PRIMARY KEY (hour>?)"] * 3, "SEARCH usage USING PRIMARY KEY (hour<?)"]

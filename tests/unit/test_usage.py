@@ -82,6 +82,11 @@ PLAIN = {
         {"type": "message", "usage": {"input_tokens": 1, "cache_read_input_tokens": 2, "output_tokens": 3}},
         Tokens(3, 3),
     ),
+    "escapes": (
+        {"a": 'say "usage": {"prompt_tokens": 9}, \\', "b\\": ['"', "\\\\"], "usage": {"prompt_tokens": 8}},
+        Tokens(8, 0),
+    ),
+    "a value of that name": ({"object": "usage", "a": [{"x": 1}], "usage": {"prompt_tokens": 8}}, Tokens(8, 0)),
     "none": ({"choices": [], "usage": None}, UNKNOWN),
     "a duration": ({"text": "x", "usage": {"type": "duration", "seconds": 3}}, UNKNOWN),
 }
@@ -189,6 +194,7 @@ def test_what_is_no_count_was_not_said(value: str) -> None:
     [
         (PlainMeter, b'{"usage": ' + b'{"a":' * 100_000),
         (PlainMeter, b'{"usage": ' + b"[" * 100_000),
+        (PlainMeter, b'{"usage": {"a": ' + b"[" * 5000 + b"}"),
         (PlainMeter, b"{" + b'"usage": {' * 10_000),
         (PlainMeter, b'{"usage": {"prompt_tokens": 1, "a": "' + b"x" * 20_000 + b'"}}'),
         (PlainMeter, b"}" * 100 + b'{"usage": {"prompt_tokens": 1}}'),
@@ -200,6 +206,7 @@ def test_what_is_no_count_was_not_said(value: str) -> None:
         (StreamMeter, b'data: {"usage": ' + b"[" * 100_000 + b"\n\n"),
         (StreamMeter, b'data: {"usage": {"prompt_tokens": 1}, "x": "' + b"x" * 300_000 + b'"}\n\n'),
         (StreamMeter, b'data: "usage": {\xff\x00\n\n'),
+        (StreamMeter, b"data: " + b"x" * 1_000_000),
     ],
 )
 def test_junk_is_held_within_bounds_and_is_no_usage(meter: type[UsageMeter], text: bytes) -> None:
@@ -210,6 +217,12 @@ def test_junk_is_held_within_bounds_and_is_no_usage(meter: type[UsageMeter], tex
     for each in (whole_meter, cut_meter):
         held = each._line if isinstance(each, StreamMeter) else each._held + (each._object or b"")
         assert len(held) <= 256 * 1024
+
+
+def test_a_usage_that_is_too_long_spoils_no_other() -> None:
+    text = b'{"usage": {"x": "' + b'{\\"' * 10_000 + b'"}, "usage": {"prompt_tokens": 3, "completion_tokens": 4}}'
+    for size in (1000, 1_000_000):
+        assert fed(PlainMeter(), (text[at : at + size] for at in range(0, len(text), size))) == Tokens(3, 4)
 
 
 def test_a_line_that_is_too_long_spoils_no_other() -> None:
