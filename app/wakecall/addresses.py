@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from urllib.parse import urlsplit
 
-__all__ = ["has_credentials", "is_loopback", "shown"]
+__all__ = ["api_base", "has_credentials", "is_loopback", "shown"]
 
 
 def is_loopback(host: str) -> bool:
@@ -28,6 +28,12 @@ def is_loopback(host: str) -> bool:
 def has_credentials(url: str) -> bool:
     """Whether a user name or a password stands in `url`: an HTTP client sends them as `Authorization: Basic`."""
     return "@" in urlsplit(url).netloc
+
+
+def api_base(url: str) -> str:
+    """What a path that begins with `/v1` is put behind, given where an OpenAI-compatible API is, with or without `/v1`."""
+    base = url.rstrip("/")
+    return base[: -len("/v1")] if base.endswith("/v1") else base
 
 
 def shown(url: str) -> str:

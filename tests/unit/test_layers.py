@@ -30,7 +30,8 @@ class Layer(NamedTuple):
 LAYERS = {
     # Decisions and data: no Trio, no I/O, no clock.
     "pure": Layer(
-        "lifecycle placement sweep frames models errors config addresses keys limits faults fairness health usage ledger",
+        "lifecycle placement sweep frames models errors config addresses keys limits faults fairness health usage ledger"
+        " rewrite",
         "",
         "",
     ),
@@ -40,7 +41,7 @@ LAYERS = {
     # Trio, but neither HTTP nor SQL nor a socket.
     "broker": Layer(
         "broker core publishing operating session wake task channel directory dispatch journal local registry access"
-        " keyring upload views naming accounting"
+        " keyring upload views naming accounting hosting"
         " bytestream deadlines waking stopping infers placing",
         "pure store",
         "trio",
@@ -52,21 +53,25 @@ LAYERS = {
         "trio quart quart_trio hypercorn h11 werkzeug msgspec prometheus_client",
     ),
     # The agent knows the wire, never the broker.
-    "publisher": Layer("publisher publisher.*", "pure", "trio httpx2 msgspec platformdirs"),
+    "publisher": Layer("publisher publisher.*", "pure outbound", "trio httpx2 msgspec platformdirs"),
+    # What our HTTP clients share.
+    "outbound": Layer("outbound", "pure", "trio httpx2"),
+    # The other way to an engine: straight to an API that an operator named.
+    "upstream": Layer("upstream", "pure outbound broker", "trio httpx2"),
     "serving": Layer("serving", "pure sqlite store broker http package", "trio hypercorn platformdirs"),
     # An engine like any other: it does not know what it stands behind.
     "demo_engine": Layer("cli.demo_engine cli.demo_replies", "", "trio h11 msgspec click"),
     "cli": Layer(
         "cli cli.* __main__",
-        "pure sqlite store broker http publisher serving package demo_engine",
+        "pure sqlite store broker http publisher outbound upstream serving package demo_engine",
         "trio httpx2 msgspec click rich platformdirs",
     ),
-    "package": Layer("@", "pure store sqlite broker http serving", ""),
+    "package": Layer("@", "pure store sqlite broker http upstream serving", ""),
 }
 
 # The only standard modules of the pure layer.
 PURE_STDLIB = (
-    "__future__ base64 bisect collections dataclasses enum functools hashlib ipaddress itertools json math operator re"
+    "__future__ base64 bisect collections dataclasses email enum functools hashlib ipaddress itertools json math operator re"
     " string"
     " traceback types typing urllib"
 )
@@ -76,7 +81,7 @@ RESERVED_STDLIB = {
     "asyncio": "",
     "sqlite3": "sqlite",
     "socket": "http publisher serving cli",
-    "ssl": "http publisher serving",
+    "ssl": "http publisher outbound upstream serving",
     "http": "",
     "urllib.request": "",
     "subprocess": "publisher cli demo_engine",

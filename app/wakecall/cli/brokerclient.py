@@ -13,8 +13,9 @@ import msgspec
 
 from ..addresses import is_loopback, shown
 from ..keys import header_for, role_of
+from ..outbound import describe_tls
 from ..publisher.errors import InvalidConfig
-from ..publisher.trust import describe_tls, trust_for
+from ..publisher.trust import trust_for
 from .common import ConfigurationError, printable
 
 __all__ = ["BrokerAnswer", "BrokerRefused", "ask", "no_broker"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
 
+from ..addresses import api_base
 from ..keys import is_presentable
 from ..models import MAX_NAME_LENGTH, CancelMode, is_id, is_llm_name
 from .errors import InvalidConfig
@@ -157,8 +158,7 @@ class PublisherConfig:
     @property
     def engine_base(self) -> str:
         """The engine's address without `/v1` and without a slash at its end: paths of frames begin with `/v1`."""
-        base = self.engine_url.rstrip("/")
-        return base[: -len("/v1")] if base.endswith("/v1") else base
+        return api_base(self.engine_url)
 
     @property
     def manages_sleep(self) -> bool:

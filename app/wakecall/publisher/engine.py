@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -14,9 +13,10 @@ import trio
 
 from ..addresses import is_loopback, shown
 from ..keys import header_for
+from ..outbound import abandon, describe
 from .config import PublishedModel, PublisherConfig, name_for
 from .errors import AmbiguousNames, EngineUnreachable, InvalidConfig
-from .trust import describe_tls, trust_for
+from .trust import trust_for
 
 _DECODABLE = frozenset({"", "identity", "gzip", "deflate"})
 
@@ -65,20 +65,6 @@ def open_client(url: str, *, key: str | None, timeout: httpx2.Timeout, keep: int
         # Idle connections go before a server's own idle timeout (often 5 s) can race with a request on them.
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=keep, keepalive_expiry=3.0),
     )
-
-
-async def abandon(stream: AsyncIterator[bytes]) -> None:
-    """Stop reading a response's body before its end, closing its connection.
-
-    httpx2 nests generators and closes only the outermost. A cancellation at the innermost read unwinds them all.
-    """
-    with trio.CancelScope() as scope:
-        scope.cancel()
-        try:
-            while True:
-                await anext(stream)
-        except (StopAsyncIteration, httpx2.HTTPError, httpx2.StreamError):
-            return
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,17 +223,3 @@ async def discover_models(engine: Engine) -> tuple[PublishedModel, ...]:
     if not models:
         raise EngineUnreachable(f"the engine at {engine.where} lists no model")
     return tuple(models.values())
-
-
-def describe(error: Exception) -> str:
-    """A transport error in a few words, without addresses that the client should not see."""
-    words: dict[type[Any], str] = {
-        httpx2.ConnectTimeout: "connecting timed out",
-        httpx2.ConnectError: "connection refused or host not found",
-        httpx2.TimeoutException: "timed out",
-        httpx2.RemoteProtocolError: "the connection ended too early",
-        httpx2.NetworkError: "the connection broke",
-    }
-    if (tls := describe_tls(error)) is not None:
-        return tls
-    return next((text for kind, text in words.items() if isinstance(error, kind)), type(error).__name__)

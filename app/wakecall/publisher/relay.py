@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Callable
 import trio
 
 from ..faults import stacks_of
+from ..rewrite import replace_model
 from .config import PublisherConfig
 from .engine import Engine, EngineAnswer, EngineFailed, EngineRefused
 from .events import InferFinished, InferOutcome, InferStarted, PublisherEvent
 from .pieces import send_in_pieces
 from .power import Power, WakeError
-from .rewrite import replace_model
 from .wire import BrokerClient, BrokerError, BrokerLost, BrokerRefused, Infer
 
 logger = logging.getLogger(__name__)

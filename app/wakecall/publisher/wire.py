@@ -11,8 +11,9 @@ import httpx2
 import msgspec
 import trio
 
+from ..outbound import abandon, describe
 from .config import AnnouncedStatus, PublisherConfig
-from .engine import abandon, describe, open_client
+from .engine import open_client
 from .events import RegisteredModel
 from .sse import EventStreamParser, ServerSentEvent
 

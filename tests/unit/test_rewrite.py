@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wakecall.publisher.rewrite import find_json_model, replace_model
+from wakecall.rewrite import find_json_model, replace_model
 
 JSON = "application/json"
 values = st.recursive(

@@ -28,16 +28,21 @@ def replace_model(body: bytes, content_type: str, model: str) -> bytes:
     Returns:
         The new body, or `body` itself when there is no such value to replace: the engine will say what is wrong.
     """
+    parts = split_at_model(body, content_type, model)
+    return b"".join(parts) if len(parts) > 1 else body
+
+
+def split_at_model(body: bytes, content_type: str, model: str) -> tuple[memoryview, ...]:
+    """The same body in parts, of which none is a copy."""
     if content_type.partition(";")[0].strip().lower() == "multipart/form-data":
-        return _replace(body, find_form_model(body, content_type), model.encode())
-    return _replace(body, find_json_model(body), json.dumps(model).encode())
-
-
-def _replace(body: bytes, span: tuple[int, int] | None, value: bytes) -> bytes:
+        span, value = find_form_model(body, content_type), model.encode()
+    else:
+        span, value = find_json_model(body), json.dumps(model).encode()
+    whole = memoryview(body)
     if span is None:
-        return body
+        return (whole,)
     start, end = span
-    return b"".join((memoryview(body)[:start], value, memoryview(body)[end:]))
+    return whole[:start], memoryview(value), whole[end:]
 
 
 def find_json_model(body: bytes) -> tuple[int, int] | None:
