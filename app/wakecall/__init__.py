@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .broker import Broker, open_broker
     from .config import BrokerConfig
     from .errors import WakecallError
+    from .hosting import Upstream, UpstreamAnswer
     from .http import create_app
     from .keyring import Caller, Claim
     from .local import InferReply
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .store.sqlite import open_sqlite_store
     from .task import Infer, Reader, Reply
     from .upload import Upload
+    from .upstream import open_httpx_upstream
 
 __version__ = "0.1.0"
 
@@ -48,9 +50,12 @@ __all__ = [
     "Store",
     "StoreError",
     "Upload",
+    "Upstream",
+    "UpstreamAnswer",
     "WakecallError",
     "create_app",
     "open_broker",
+    "open_httpx_upstream",
     "open_sqlite_store",
     "serve",
 ]
@@ -83,9 +88,12 @@ _HOMES = {
     "Store": ".store",
     "StoreError": ".store",
     "Upload": ".upload",
+    "Upstream": ".hosting",
+    "UpstreamAnswer": ".hosting",
     "WakecallError": ".errors",
     "create_app": ".http",
     "open_broker": ".broker",
+    "open_httpx_upstream": ".upstream",
     "open_sqlite_store": ".store.sqlite",
     "serve": ".serving",
 }

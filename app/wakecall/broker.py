@@ -22,6 +22,7 @@ from .config import BrokerConfig
 from .directory import Clock
 from .errors import ModelNotFound, ShuttingDown
 from .faults import stacks_of
+from .hosting import Upstream
 from .keyring import Caller, Claim
 from .ledger import hour_of
 from .models import (
@@ -163,6 +164,8 @@ class Broker(Publishing, Operating):
                     self._dispatcher.lose_tasks(channel, shutdown=True)
                     self._registry.end_channel(channel, "shutdown")
                     ended.append(channel)
+        if self._host is not None:
+            ended += self._host.close_nowait()
         directory.disarm_probes()
         return ended
 
@@ -181,12 +184,15 @@ def _anything(name: str) -> bool:
 
 
 @asynccontextmanager
-async def open_broker(store: Store | None = None, config: BrokerConfig | None = None) -> AsyncIterator[Broker]:
+async def open_broker(
+    store: Store | None = None, config: BrokerConfig | None = None, upstream: Upstream | None = None
+) -> AsyncIterator[Broker]:
     """A broker at work, with its root nursery; leaving the block ends and joins everything.
 
     Args:
         store: where rows and sessions outlive it; it stays the caller's to close. None: in memory.
         config: every time and bound; None: the defaults.
+        upstream: asks the APIs behind public rows; it stays the caller's to close. None: those rows are offline.
 
     Raises:
         StoreError: what the store holds cannot be read.
@@ -196,12 +202,14 @@ async def open_broker(store: Store | None = None, config: BrokerConfig | None = 
     cells = await store.usage_cells(hour_of(Clock().now()))
     body_error: Exception | None = None
     async with trio.open_nursery() as nursery:
-        broker = Broker(store, BrokerConfig() if config is None else config, snapshot, nursery)
+        broker = Broker(store, BrokerConfig() if config is None else config, snapshot, nursery, upstream)
         broker._accounting.load(cells)
         nursery.start_soon(broker._journal.run)
         nursery.start_soon(broker._accounting.run)
         nursery.start_soon(broker._directory.waiting_deadlines.run)
         nursery.start_soon(broker._run_sweeper)
+        if broker._host is not None:
+            broker._host.open_nowait()
         try:
             yield broker
         except Exception as error:

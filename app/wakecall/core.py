@@ -15,6 +15,7 @@ from .directory import Directory, Row
 from .dispatch import Dispatcher
 from .errors import ModelNotFound
 from .faults import stacks_of
+from .hosting import Host, Upstream
 from .journal import Journal
 from .models import Event, Snapshot, Statistics
 from .naming import Naming
@@ -32,7 +33,14 @@ class Core:
 
     config: BrokerConfig
 
-    def __init__(self, store: Store, config: BrokerConfig, snapshot: Snapshot, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        store: Store,
+        config: BrokerConfig,
+        snapshot: Snapshot,
+        nursery: trio.Nursery,
+        upstream: Upstream | None = None,
+    ) -> None:
         self.config = config
         self._nursery = nursery
         self._journal = Journal(store)
@@ -46,6 +54,16 @@ class Core:
         self._directory.load(snapshot)
         self._access.load()
         self.add_observer(self._accounting.observe)
+        self._host: Host | None = None
+        if upstream is not None:
+            self._host = Host(
+                self._directory,
+                self._dispatcher,
+                self._intake,
+                upstream,
+                on_room=self._registry.pump_rows,
+                nursery=lambda: self._nursery,
+            )
 
     # How it stands --------------------------------------------------------------------------------------------------
 

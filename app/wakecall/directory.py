@@ -169,6 +169,7 @@ class Directory:
         self.pools: dict[str, Pool] = {}
         self.aliases: dict[str, Alias] = {}
         self.sessions: dict[str, Session] = {}
+        self.host: Session | None = None  # whose public rows are; None: nobody's, and they are offline
         self.keyring: Final = Keyring()
         self.live: OrderedDict[str, Row] = OrderedDict()
         self.inactive: OrderedDict[str, Row] = OrderedDict()
@@ -249,8 +250,19 @@ class Directory:
             session.rows[llm.name] = row
             self.live[llm.name] = row
             self.review_unused(session)
+        elif llm.kind is Kind.PUBLIC and self.host is not None:
+            row.session = self.host
+            self.host.rows[llm.name] = row
         self.journal.put_row(llm.name, llm)
         return row
+
+    def give_public_rows(self, host: Session) -> None:
+        """Public rows, and those that will come, are this session's: one that is in no list."""
+        self.host = host
+        for name, row in self.rows.items():
+            if row.llm.kind is Kind.PUBLIC:
+                row.session = host
+                host.rows[name] = row
 
     def _count_row(self, llm: LLM, change: int) -> None:
         if llm.kind is Kind.VIRTUAL:

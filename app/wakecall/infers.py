@@ -323,6 +323,7 @@ class Infers:
         infer.received = 0
         infer.pieces = False
         infer.refusal = None
+        infer.retry_after_s = None
         self._wait_again(infer)
         self._take(infer, place)
         self.pump(row)

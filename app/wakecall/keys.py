@@ -22,12 +22,14 @@ __all__ = [
     "NAMES_PATTERN",
     "OWNER_PATTERN",
     "ROLES",
+    "UPSTREAM_VARIABLE_PATTERN",
     "digest_of",
     "format_key",
     "header_for",
     "is_owner",
     "is_pattern",
     "is_presentable",
+    "is_upstream_variable",
     "matcher_of",
     "role_of",
 ]
@@ -40,10 +42,12 @@ ROLES: Final[tuple[Role, ...]] = get_args(Role)
 #: Of the whole text; `/openapi.json` shows them.
 OWNER_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}"
 NAMES_PATTERN: Final = r"[A-Za-z0-9._:@/*-]{1,128}"
+UPSTREAM_VARIABLE_PATTERN: Final = r"WAKECALL_UPSTREAM_[A-Z0-9_]{1,128}"
 
 _OWNER: Final = re.compile(OWNER_PATTERN)
 _PRESENTABLE: Final = re.compile(r"[!-~]{1,1024}")
 _PATTERN: Final = re.compile(NAMES_PATTERN)
+_UPSTREAM_VARIABLE: Final = re.compile(UPSTREAM_VARIABLE_PATTERN)
 
 
 def format_key(role: Role, entropy: bytes) -> str:
@@ -85,6 +89,11 @@ def header_for(key: str, url: str) -> dict[str, str]:
         url: what will be called.
     """
     return {"x-api-key": key} if has_credentials(url) else {"authorization": f"Bearer {key}"}
+
+
+def is_upstream_variable(name: str) -> bool:
+    """Whether an environment variable may hold an upstream's key: no other is ever read for one."""
+    return _UPSTREAM_VARIABLE.fullmatch(name) is not None
 
 
 def role_of(key: str) -> Role | None:

@@ -248,6 +248,7 @@ class InferRequest:
         priority: its class.
         timeout_s: seconds that the caller grants it in all, where that is less than it would have.
         affinity: what calls that share a beginning have in common, so that they meet the same prefix cache; never sent on.
+        anthropic_version: the client's `anthropic-version`, for an upstream of that type; publishers never get it.
     """
 
     path: str
@@ -260,6 +261,7 @@ class InferRequest:
     priority: Priority = "interactive"
     timeout_s: float | None = None
     affinity: bytes | None = field(default=None, repr=False)
+    anthropic_version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

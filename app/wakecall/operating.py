@@ -13,6 +13,7 @@ from .models import (
     AliasView,
     Hold,
     KeyView,
+    LLMSpec,
     LLMView,
     NewKey,
     PoolView,
@@ -132,16 +133,48 @@ class Operating(Core):
         return views.view_tasks(self._directory, self._dispatcher.placer.place_of)
 
     async def put_public_llm(
-        self, name: str, *, type: str, model: str, url: str, key_env: str | None = None
+        self,
+        name: str,
+        *,
+        type: str,
+        model: str,
+        url: str,
+        key_env: str | None = None,
+        max_concurrency: int | None = None,
+        queue_s: float | None = None,
+        first_byte_s: float | None = None,
+        idle_s: float | None = None,
+        total_s: float | None = None,
     ) -> LLMView:
         """Make or change an operator's own row, which publishers cannot touch and no sweep does.
 
+        What is under way goes on as it began. Without an `Upstream` (see `open_broker`) it is offline.
+
+        Args:
+            name: what clients ask for.
+            type: the upstream's kind; `anthropic` is told its key as Anthropic's API wants it, all others as OpenAI's does.
+            model: the upstream's own id.
+            url: where the upstream is, with or without `/v1`.
+            key_env: the environment variable that holds its key, `WAKECALL_UPSTREAM_…`; None: it wants none.
+            max_concurrency: infers at a time; None: no bound.
+            queue_s, first_byte_s, idle_s, total_s: its own budgets; None: the broker's.
+
         Raises:
-            InvalidRequest: that is no name.
-            LLMIsVirtual: a publisher has it.
+            InvalidRequest: that is no name, or no bound.
+            LLMIsVirtual, LLMNameTaken: it is a publisher's, or a pool's.
             StoreUnavailable: it is there, but not committed yet.
         """
-        self._registry.put_public_nowait(name, type, model, url, key_env)
+        spec = LLMSpec(
+            name,
+            type=type,
+            model=model,
+            max_concurrency=max_concurrency,
+            queue_s=queue_s,
+            first_byte_s=first_byte_s,
+            idle_s=idle_s,
+            total_s=total_s,
+        )
+        self._registry.put_public_nowait(spec, url, key_env)
         await self._journal.commit().wait()
         return self.llm_view(name)
 

@@ -31,9 +31,11 @@ from .errors import (
     TooMany,
 )
 from .frames import ByeReason
+from .keys import is_upstream_variable
 from .lifecycle import RowEvent
 from .models import (
     LLM,
+    LOCAL_OWNER,
     ChannelEvent,
     HeartbeatReply,
     Kind,
@@ -278,7 +280,7 @@ class Registry:
             needs_open=needs_open,
             on_disconnect=lambda channel: self.end_channel(channel, None),
             on_overflow=lambda channel: self.end_channel(channel, "stale"),
-            on_room=self._on_channel_room,
+            on_room=self.pump_rows,
         )
         # The successor is there before the predecessor goes, so that the rows keep their status and their lines.
         before, session.pending = session.pending, channel
@@ -302,7 +304,8 @@ class Registry:
                 break  # by what its rows had to say at once: nobody is there to revive the rest
             self._dispatcher.step(row, RowEvent.REVIVE, bump=True)
 
-    def _on_channel_room(self, channel: Channel) -> None:
+    def pump_rows(self, channel: Channel) -> None:
+        """A channel has room for further infers."""
         # Each time another row goes first, or one with many callers would leave the others no room.
         session, rows = channel.session, list(channel.session.rows.values())
         session.turn = (session.turn + 1) % max(len(rows), 1)
@@ -406,19 +409,27 @@ class Registry:
 
     # Operators ------------------------------------------------------------------------------------------------------
 
-    def put_public_nowait(self, name: str, type: str, model: str, url: str, key_env: str | None) -> None:
+    def put_public_nowait(self, spec: LLMSpec, url: str, key_env: str | None) -> None:
         """See `Broker.put_public_llm`."""
         directory, now = self._directory, self._directory.clock.now()
+        name = spec.name
         if not is_llm_name(name):
             raise InvalidRequest("This is no valid name for a model.", param="name")
+        self._check_spec(spec, "llm")
+        if key_env is not None and not is_upstream_variable(key_env):
+            raise InvalidRequest("A key is read from a variable named WAKECALL_UPSTREAM_….", param="key_env")
+        if name in directory.pools:
+            raise LLMNameTaken("This is the name of a pool.", param="name")
         row = directory.rows.get(name)
         if row is not None and row.llm.kind is Kind.VIRTUAL:
             raise LLMIsVirtual
         if row is None:
-            llm = LLM(name, "local", Status.ACTIVE, created_at=now, last_heartbeat_at=now, kind=Kind.PUBLIC)
-            directory.add_row(replace(llm, type=type, model=model, url=url, key_env=key_env), None)
+            llm = LLM(name, LOCAL_OWNER, Status.ACTIVE, created_at=now, last_heartbeat_at=now, kind=Kind.PUBLIC)
+            directory.add_row(replace(_described(llm, spec, None), url=url, key_env=key_env), None)
         else:
-            directory.change_row(row, type=type, model=model, url=url, key_env=key_env)
+            row.llm = _described(row.llm, spec, None)
+            directory.change_row(row, url=url, key_env=key_env)
+            self._dispatcher.pump(row)  # it may have more slots
 
     def delete_llm_nowait(self, name: str) -> None:
         """See `Broker.delete_llm`."""
@@ -435,7 +446,7 @@ class Registry:
         self._dispatcher.strand(pool)
 
 
-def _described(llm: LLM, spec: LLMSpec, session_id: str) -> LLM:
+def _described(llm: LLM, spec: LLMSpec, session_id: str | None) -> LLM:
     """The record with what a register says of it, status apart."""
     return replace(
         llm,

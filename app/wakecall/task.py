@@ -97,6 +97,7 @@ class Infer:
         "refusal",
         "refused_by",
         "request",
+        "retry_after_s",
         "room_at",
         "route",
         "row",
@@ -151,6 +152,7 @@ class Infer:
         self.engine_status = 200
         self.content_type: str | None = None
         self.meter: UsageMeter | None = None
+        self.retry_after_s: int | None = None  # as an upstream said
         self.idle_s = config.idle_s
         self.max_readers: Final = config.max_readers_per_reply
         self.stream = ByteStream(config.reply_buffer_bytes, self._on_room)
@@ -250,13 +252,17 @@ class Reply:
 
     Attributes:
         status: the engine's HTTP status.
-        headers: lower-case; `content-type` at the most.
+        headers: lower-case; `content-type` and `retry-after` (seconds) at the most.
     """
 
     def __init__(self, infer: Infer) -> None:
         self._infer = infer
         self.status: Final = infer.engine_status
-        self.headers: Final = {} if infer.content_type is None else {"content-type": infer.content_type}
+        self.headers: Final[dict[str, str]] = {}
+        if infer.content_type is not None:
+            self.headers["content-type"] = infer.content_type
+        if infer.retry_after_s is not None:
+            self.headers["retry-after"] = str(infer.retry_after_s)
 
     @property
     def settled(self) -> bool:

@@ -11,6 +11,7 @@ Everything runs in memory and on Trio's clock, so a virtual one crosses hours in
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
@@ -20,13 +21,15 @@ import trio
 
 from .broker import Broker, open_broker
 from .config import BrokerConfig
+from .errors import PublisherError
 from .frames import Frame
-from .models import HeartbeatReply, LLMSpec, Registered, Statistics, Status
+from .hosting import Upstream
+from .models import LLM, HeartbeatReply, InferRequest, LLMSpec, Registered, Statistics, Status
 from .session import Channel
 from .store.base import Store
 from .upload import Upload
 
-__all__ = ["FakePublisher", "check_invariants", "open_test_broker"]
+__all__ = ["FakePublisher", "FakeUpstream", "UpstreamCall", "check_invariants", "open_test_broker"]
 
 
 def check_invariants(broker: Broker) -> Statistics:
@@ -55,9 +58,11 @@ def check_invariants(broker: Broker) -> Statistics:
 
 
 @asynccontextmanager
-async def open_test_broker(config: BrokerConfig | None = None, store: Store | None = None) -> AsyncIterator[Broker]:
+async def open_test_broker(
+    config: BrokerConfig | None = None, store: Store | None = None, upstream: Upstream | None = None
+) -> AsyncIterator[Broker]:
     """A broker like `open_broker`'s, checked as it closes: the invariants hold, and nothing is left in it."""
-    async with open_broker(store, config) as broker:
+    async with open_broker(store, config, upstream) as broker:
         yield broker
         check_invariants(broker)
     counted = check_invariants(broker)
@@ -195,3 +200,113 @@ class FakePublisher:
                 news.set()
                 if frame.event == "hello":
                     task_status.started(channel)
+
+
+class UpstreamCall:
+    """One call of a public row, as its upstream gets it; the test answers.
+
+    Attributes:
+        llm: the row, as it was when this began.
+        request: the client's call.
+        left: set once the broker has left it, be it at its end or before.
+        taken: how many chunks the broker has taken.
+    """
+
+    def __init__(self, llm: LLM, request: InferRequest) -> None:
+        self.llm = llm
+        self.request = request
+        self.left = trio.Event()
+        self.taken = 0
+        self.status = 200
+        self.content_type: str | None = None
+        self.retry_after_s: int | None = None
+        self.answered = trio.Event()
+        self._error: Exception | None = None
+        self._chunks_in, self._chunks_out = trio.open_memory_channel[bytes | Exception](math.inf)
+
+    @property
+    def chunks(self) -> AsyncIterator[bytes]:
+        return self
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            chunk = await self._chunks_out.receive()
+        except trio.EndOfChannel:
+            raise StopAsyncIteration from None
+        if isinstance(chunk, Exception):
+            raise chunk
+        self.taken += 1
+        return chunk
+
+    def start(
+        self, status: int = 200, content_type: str | None = "application/json", *, retry_after_s: int | None = None
+    ) -> None:
+        """Send the head of the answer."""
+        self.status, self.content_type, self.retry_after_s = status, content_type, retry_after_s
+        self.answered.set()
+
+    def send(self, data: bytes) -> None:
+        """Send a piece of its body."""
+        self._chunks_in.send_nowait(data)
+
+    def end(self) -> None:
+        """End the body well."""
+        self._chunks_in.close()
+
+    def answer(self, data: bytes, status: int = 200, *, retry_after_s: int | None = None) -> None:
+        """All of it at once."""
+        self.start(status, retry_after_s=retry_after_s)
+        if data:
+            self.send(data)
+        self.end()
+
+    def fail(self, error: Exception | None = None) -> None:
+        """Give no answer, or break off in it; by default as an upstream that is gone."""
+        error = PublisherError("The upstream is gone.") if error is None else error
+        if self.answered.is_set():
+            self._chunks_in.send_nowait(error)
+        else:
+            self._error = error
+            self.answered.set()
+
+    async def _wait_answered(self) -> None:
+        await self.answered.wait()
+        if self._error is not None:
+            raise self._error
+
+
+class FakeUpstream:
+    """What public rows are relayed to in a test, without a socket: give it to `open_test_broker`.
+
+    Attributes:
+        calls: all that it got.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[UpstreamCall] = []
+        self._seen = 0
+        self._news = trio.Event()
+
+    async def next(self, *, within_s: float = 3600.0) -> UpstreamCall:
+        """The next call that this has not returned yet. Raises trio.TooSlowError: none came in time."""
+        with trio.fail_after(within_s):
+            while self._seen == len(self.calls):
+                await self._news.wait()
+        self._seen += 1
+        return self.calls[self._seen - 1]
+
+    @asynccontextmanager
+    async def open_answer(self, llm: LLM, request: InferRequest) -> AsyncIterator[UpstreamCall]:
+        """See `hosting.Upstream`."""
+        call = UpstreamCall(llm, request)
+        self.calls.append(call)
+        news, self._news = self._news, trio.Event()
+        news.set()
+        try:
+            await call._wait_answered()
+            yield call
+        finally:
+            call.left.set()

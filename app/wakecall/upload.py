@@ -211,7 +211,7 @@ class Intake:
             infer.meter.feed(data)
         assert infer.deadline is not None
         assert infer.channel is not None
-        infer.channel.hasten(infer.deadline, now + min(config.idle_s, config.peer_stall_s))
+        infer.channel.hasten(infer.deadline, now + min(infer.idle_s, config.peer_stall_s))
 
     def feed_wake(self, wake: Wake, data: bytes) -> None:
         """A piece of a wake's result: only the beginning of its text is kept."""

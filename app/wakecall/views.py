@@ -8,7 +8,7 @@ from typing import Literal
 import trio
 
 from .directory import Directory, Pool, Row
-from .models import LLMView, PoolView, SessionView, Statistics, Status, TaskView
+from .models import Kind, LLMView, PoolView, SessionView, Statistics, Status, TaskView
 from .session import Session
 from .task import Infer
 from .wake import Wake
@@ -76,6 +76,8 @@ def view_tasks(directory: Directory, place_of: Callable[[Infer], tuple[int, floa
         session_id = None if task.channel is None else task.channel.session_id
         assert task.row is not None
         name = task.row.llm.name
+        if task.row.llm.kind is Kind.PUBLIC:
+            session_id = None  # the one that it has is nobody's business
         if isinstance(task, Wake):
             found.append(TaskView(task.task_id, "wake", name, session_id, "sent", now - task.started_at))
         else:

@@ -54,6 +54,8 @@ async def test_a_model_is_shown_with_its_work(served: Served) -> None:
                 "waking": False,
                 "routable": True,
                 "penalty": 0,
+                "url": None,
+                "key_env": None,
             }
             tasks = (await served.ask("GET", "/admin/v1/tasks")).json["data"]
             assert [(each["kind"], each["llm"], each["session_id"], each["state"]) for each in tasks] == [
@@ -87,7 +89,8 @@ async def test_a_public_model_is_made_changed_and_deleted(served: Served) -> Non
     made = await served.ask("PUT", "/admin/v1/llms/org/gpt", JSON, body=as_bytes(PUBLIC))
     assert made.status == 200
     assert (made.json["name"], made.json["kind"], made.json["model"]) == ("org/gpt", "public", "gpt-x")
-    assert made.json["routable"] is False
+    assert (made.json["url"], made.json["key_env"]) == (PUBLIC["url"], PUBLIC["key_env"])
+    assert made.json["routable"] is False, "nothing here asks an upstream"
     changed = await served.ask("PUT", "/admin/v1/llms/org/gpt", JSON, body=as_bytes(PUBLIC | {"model": "y"}))
     assert changed.json["model"] == "y"
     assert served.broker.llm("org/gpt").key_env == "WAKECALL_UPSTREAM_X"

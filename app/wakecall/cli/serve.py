@@ -20,6 +20,7 @@ from ..config import BrokerConfig
 from ..serving import BadCertificate, CannotBind, InvalidOrigin, KeysRequired, Reload, ServeConfig, Stop, serve
 from ..store import StoreError
 from ..store.sqlite import open_sqlite_store
+from ..upstream import open_httpx_upstream
 from . import VERBS
 from .common import (
     ConfigurationError,
@@ -195,7 +196,8 @@ async def _open_broker(db: str, config: BrokerConfig) -> AsyncIterator[Broker]:
             store = None
             if db != IN_MEMORY:
                 store = await stack.enter_async_context(open_sqlite_store(db))
-            broker = await stack.enter_async_context(open_broker(store, config))
+            upstream = await stack.enter_async_context(open_httpx_upstream())
+            broker = await stack.enter_async_context(open_broker(store, config, upstream))
         except StoreError as error:
             raise ConfigurationError(str(error)) from error
         yield broker

@@ -15,12 +15,13 @@ from ..errors import (
     Forbidden,
     InvalidRequest,
     LLMIsVirtual,
+    LLMNameTaken,
     ModelNotFound,
     NotFound,
     SessionNotFound,
     StoreUnavailable,
 )
-from ..keys import MAX_PATTERNS, NAMES_PATTERN, OWNER_PATTERN
+from ..keys import MAX_PATTERNS, NAMES_PATTERN, OWNER_PATTERN, UPSTREAM_VARIABLE_PATTERN, is_upstream_variable
 from ..models import Hold, KeyView, Kind, LLMView, Role, SessionView, Status, TaskView, is_llm_name
 from .answers import Answer, json_answer, no_content
 from .calls import Call
@@ -31,8 +32,10 @@ __all__ = ["LLM", "Key", "LLMList", "MadeKey", "add_admin_routes", "describe_key
 #: An operator's key that has less to live, in seconds, is not one to be left alone with.
 _LASTING_S: Final = 3600.0
 _LLM_PATH: Final = "/admin/v1/llms/<path:name>"
-_KEY_ENV: Final = r"WAKECALL_UPSTREAM_[A-Z0-9_]+"
 _URL: Final = r"[!-~]{1,2048}"
+
+
+_Budget = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 
 
 class PublicLLM(msgspec.Struct, frozen=True):
@@ -52,11 +55,16 @@ class PublicLLM(msgspec.Struct, frozen=True):
             str,
             msgspec.Meta(
                 description="The name of the variable that holds the key.",
-                extra_json_schema={"pattern": f"^{_KEY_ENV}$"},
+                extra_json_schema={"pattern": f"^{UPSTREAM_VARIABLE_PATTERN}$"},
             ),
         ]
         | None
     ) = None
+    max_concurrency: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
+    queue_s: _Budget | None = None
+    first_byte_s: _Budget | None = None
+    idle_s: _Budget | None = None
+    total_s: _Budget | None = None
 
 
 _Owner = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": f"^{OWNER_PATTERN}$"})]
@@ -142,6 +150,8 @@ class LLM(msgspec.Struct, frozen=True):
     waking: bool
     routable: bool
     penalty: float
+    url: str | None
+    key_env: str | None
 
 
 class Agent(msgspec.Struct, frozen=True):
@@ -215,7 +225,14 @@ def add_admin_routes(routes: Routes, broker: Broker) -> None:
         """Show one row."""
         return json_answer(describe_llm(broker.llm_view(name)))
 
-    @routes.add("PUT", _LLM_PATH, role="admin", body=PublicLLM, answer=LLM, errors=(LLMIsVirtual, StoreUnavailable))
+    @routes.add(
+        "PUT",
+        _LLM_PATH,
+        role="admin",
+        body=PublicLLM,
+        answer=LLM,
+        errors=(LLMIsVirtual, LLMNameTaken, StoreUnavailable),
+    )
     async def put_llm(call: Call, name: str, said: PublicLLM) -> Answer:
         """Make or change a public row."""
         if not is_llm_name(name):
@@ -226,9 +243,9 @@ def add_admin_routes(routes: Routes, broker: Broker) -> None:
         if not said.model:
             raise InvalidRequest("The upstream's own id of the model is required.", param="model")
         _check_url(said.url)
-        if said.key_env is not None and not re.fullmatch(_KEY_ENV, said.key_env):
+        if said.key_env is not None and not is_upstream_variable(said.key_env):
             raise InvalidRequest("A key is read from a variable named WAKECALL_UPSTREAM_….", param="key_env")
-        view = await broker.put_public_llm(name, type=said.type, model=said.model, url=said.url, key_env=said.key_env)
+        view = await broker.put_public_llm(name, **msgspec.structs.asdict(said))
         return json_answer(describe_llm(view))
 
     @routes.add("DELETE", _LLM_PATH, role="admin", answer=None, errors=(ModelNotFound, StoreUnavailable))
@@ -364,6 +381,8 @@ def describe_llm(view: LLMView) -> LLM:
         waking=view.waking,
         routable=view.routable,
         penalty=round(view.penalty, 3),
+        url=llm.url,
+        key_env=llm.key_env,
     )
 
 

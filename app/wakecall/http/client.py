@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Final, Literal, cast
 
 import msgspec
@@ -34,6 +35,7 @@ from .sniff import FLAG_PATTERN, MAX_FIELD_BYTES, sniff
 __all__ = ["PRIORITY", "RELAYED", "TIMEOUT", "add_client_routes"]
 
 _MAX_HEADER_CHARS: Final = 1024
+_VERSION: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 PRIORITY: Final = Header(
     "x-wakecall-priority",
@@ -148,6 +150,7 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
                     priority=priority,
                     timeout_s=None if timeout_s is None else float(timeout_s),
                     affinity=asked.affinity,
+                    anthropic_version=_version(headers.get("anthropic-version")),
                 ),
                 claim=claim,
             )
@@ -226,6 +229,11 @@ def _short(value: str | None, header: str) -> str | None:
     if not (value.isascii() and value.replace("\t", " ").isprintable()):
         raise InvalidRequest("This header is printable ASCII.", param=header)
     return value
+
+
+def _version(value: str | None) -> str | None:
+    """A version of Anthropic's API; what is none is nobody's business."""
+    return value if value is not None and _VERSION.fullmatch(value) else None
 
 
 def _describe(model: ModelView) -> Model:

@@ -122,17 +122,18 @@ def error_event(inner: dict[str, Any], path: str, sequence_number: int) -> bytes
     return b"event: error\ndata: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def engine_retry_headers(status: int) -> dict[str, str]:
+def engine_retry_headers(status: int, retry_after: str | None = None) -> dict[str, str]:
     """What goes out beside an engine's own error.
 
-    408, 409 and 5xx may have generated: nobody is to try again by himself. 429 and 503 say that it did not begin; the
-    engine's own `Retry-After` does not cross the wire.
+    408, 409 and 5xx may have generated: nobody is to try again by himself. 429 and 503 say that it did not begin.
 
     Args:
         status: the engine's.
+        retry_after: seconds, as it said; None: it said nothing, or it is a publisher's, whose `Retry-After` does not cross
+            the wire.
     """
     if status in (429, 503):
-        return {"Retry-After": "1"}
+        return {"Retry-After": retry_after or "1"}
     if status in (408, 409) or 500 <= status <= 599:
         return {"x-should-retry": "false"}
     return {}

@@ -126,7 +126,7 @@ async def _pass_on(
 ) -> Answer:
     content_type = reply.headers.get("content-type")
     passage = passage_of(content_type)
-    headers = engine_retry_headers(reply.status)
+    headers = engine_retry_headers(reply.status, reply.headers.get("retry-after"))
     if reply.status in _BODILESS:
         # These have no body, whatever was uploaded; its end is still what counts.
         while await reply.receive():
