@@ -38,9 +38,6 @@ logger = logging.getLogger("wakecall.upstream")
 _CONNECT_S: Final = 10.0
 #: Of all upstreams together: descriptors are bounded, and clients need theirs.
 _MAX_CONNECTIONS: Final = 1000
-#: A connection that was kept for longer may be closed by the upstream just as it is used, and nothing is tried twice.
-_KEPT_S: Final = 1.0
-_KEPT: Final = 100
 #: Looking for the model's place in more than this would hold up every other stream.
 _INLINE_BYTES: Final = 256 * 1024
 _PIECE_BYTES: Final = 64 * 1024
@@ -150,9 +147,8 @@ class HttpxUpstream:
                     http1=True,
                     http2=False,
                     retries=0,
-                    limits=httpx2.Limits(
-                        max_connections=_MAX_CONNECTIONS, max_keepalive_connections=_KEPT, keepalive_expiry=_KEPT_S
-                    ),
+                    # None is kept: it may be closed by the upstream just as it is used, and nothing is tried twice.
+                    limits=httpx2.Limits(max_connections=_MAX_CONNECTIONS, max_keepalive_connections=0),
                 )
             return self._transport
 

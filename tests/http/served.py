@@ -15,6 +15,7 @@ from tests.http.described import Description, description_of
 from tests.http.wire import Answer, Server, Wire, open_server
 from wakecall.broker import Broker, open_broker
 from wakecall.config import BrokerConfig
+from wakecall.hosting import Upstream
 from wakecall.http import create_app
 from wakecall.http.barrier import BarrierSettings
 from wakecall.http.cors import Cors
@@ -247,15 +248,17 @@ async def open_served(
     loopback_only: bool = True,
     cors: Sequence[str] = (),
     settings: BarrierSettings | None = None,
+    upstream: Upstream | None = None,
     **serving: Any,
 ) -> AsyncIterator[Served]:
     """A served app for the block. At its end the counters agree, and nothing waits or is in flight any more.
 
     Args:
+        upstream: asks those of public rows.
         serving: what else `open_server` takes.
     """
     async with AsyncExitStack() as stack:
-        broker = await stack.enter_async_context(open_broker(store, config or BrokerConfig()))
+        broker = await stack.enter_async_context(open_broker(store, config or BrokerConfig(), upstream))
         app = create_app(broker, loopback_only=loopback_only, cors=cors)
         server = await stack.enter_async_context(open_server(app, settings, cors=Cors.of(cors), **serving))
         yield Served(server, broker, app)
