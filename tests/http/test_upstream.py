@@ -583,6 +583,47 @@ async def test_its_certificate_is_verified(
             assert why in caplog.text
 
 
+@pytest.mark.parametrize("tls", [False, True], ids=["tcp", "tls"])
+async def test_one_that_never_reads_is_left_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tls: bool
+) -> None:
+    """In the middle of a body that it does not take: closing must not wait for it either, nor must the broker's end."""
+    authority = Authority(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", authority.file)
+    left = trio.Event()
+
+    async def stand_still(stream: trio.abc.Stream) -> None:
+        async with stream:
+            if isinstance(stream, trio.SSLStream):
+                await stream.do_handshake()
+            await hanging.wait()
+            with contextlib.suppress(trio.BrokenResourceError):
+                while await stream.receive_some(65536):
+                    pass
+            left.set()
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*authority.issue())
+    hanging = trio.Event()
+    async with open_stage(BrokerConfig(first_byte_s=0.4)) as stage, trio.open_nursery() as nursery:
+        port, scheme = 0, "https" if tls else "http"
+        if tls:
+            serve = partial(trio.serve_ssl_over_tcp, stand_still, 0, context, host="127.0.0.1", https_compatible=True)
+            port = (await nursery.start(serve))[0].transport_listener.socket.getsockname()[1]
+        else:
+            port = (await nursery.start(partial(trio.serve_tcp, stand_still, 0, host="127.0.0.1")))[
+                0
+            ].socket.getsockname()[1]
+        await stage.put(url=f"{scheme}://127.0.0.1:{port}", max_concurrency=1)
+        body = as_large()[:-1] + b',"stream":true,"c":"' + b"z" * 12_000_000 + b'"}'
+        answer = await stage.served.call(body)
+        assert (answer.status, answer.code) == (504, "deadline_exceeded")
+        await wait_until(lambda: stage.served.broker.llm_view("gpt").stopping == 0)
+        hanging.set()
+        await left.wait()
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_list_of_cas_that_cannot_be_read_is_said_and_read_again(
     stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
