@@ -272,6 +272,11 @@ class UpstreamCall:
             self._error = error
             self.answered.set()
 
+    async def wait_left(self, *, within_s: float = 3600.0) -> None:
+        """Return once the broker has left it. Raises trio.TooSlowError: it has not, in this time."""
+        with trio.fail_after(within_s):
+            await self.left.wait()
+
     async def _wait_answered(self) -> None:
         await self.answered.wait()
         if self._error is not None:

@@ -13,6 +13,7 @@ from wakecall.errors import (
     InvalidRequest,
     LLMIsPublic,
     LLMIsVirtual,
+    LLMNameTaken,
     ModelOffline,
     PublisherError,
     SessionNotFound,
@@ -131,7 +132,7 @@ async def test_a_caller_that_leaves_stops_the_upstream(autojump_clock, nursery, 
         before.leave()
         during.leave()
         for asked in (first, second):
-            await asked.left.wait()
+            await asked.wait_left()
         assert (broker.statistics().cancelled, view(broker, "gpt").in_flight) == (2, 0)
 
 
@@ -158,7 +159,7 @@ async def test_a_silent_upstream_is_ended_by_the_infers_own_deadlines(
         await call.over.wait()
         assert isinstance(call.error, DeadlineExceeded)
         assert (call.error.phase, call.over_at - started) == (phase, at)
-        await asked.left.wait()
+        await asked.wait_left()
 
 
 @pytest.mark.parametrize(
@@ -299,13 +300,15 @@ async def test_an_upstream_that_fails_says_why_and_is_not_asked_again(autojump_c
 
 
 @pytest.mark.parametrize("status", [101, 199, 600, 999])
-async def test_a_status_that_is_none_cannot_be_passed_on(autojump_clock, nursery, upstream, status):
+async def test_a_status_that_is_none_cannot_be_passed_on(autojump_clock, nursery, upstream, caplog, status):
     async with open_test_broker(upstream=upstream) as broker:
         await put(broker)
         call = start_call(nursery, broker, "gpt")
         (await upstream.next()).answer(b"?", status)
         await call.over.wait()
         assert (call.code, call.error.status) == ("publisher_error", 502)
+        assert str(status) in call.error.message
+        assert caplog.records == [], "it is the upstream's doing, and no fault of ours"
 
 
 async def test_a_fault_of_ours_costs_its_one_call(autojump_clock, nursery, upstream, caplog):
@@ -351,7 +354,7 @@ async def test_a_row_that_is_deleted_takes_its_calls_with_it(autojump_clock, nur
         other = start_call(nursery, broker, "other")
         asked, untouched = await upstream.next(), await upstream.next()
         await broker.delete_llm("gpt")
-        await asked.left.wait()
+        await asked.wait_left()
         for call in calls:
             await call.over.wait()
         assert codes(calls) == {"publisher_disconnected", "model_offline"}
@@ -399,6 +402,9 @@ async def test_nobody_can_speak_for_a_public_row(autojump_clock, nursery, upstre
         assert call.body == b"{}"
         with pytest.raises(LLMIsVirtual):
             await put(broker, "qwen")
+        await publisher.register([LLMSpec("qwen", pool="both")])
+        with pytest.raises(LLMNameTaken):
+            await put(broker, "both")
 
 
 @pytest.mark.parametrize(
@@ -440,7 +446,7 @@ async def test_a_shutdown_waits_for_it_and_then_ends_it(autojump_clock, nursery,
             await call.over.wait()
             assert (call.code, call.over_at - started) == ("shutting_down", 10)
         for asked in (second, third):
-            await asked.left.wait()
+            await asked.wait_left()
         assert quick.body == b"{}"
 
 
@@ -471,7 +477,7 @@ async def test_a_channel_that_ends_is_followed_by_the_next_in_the_same_step(auto
         await sent.over.wait()
         assert sent.code == "publisher_disconnected"
         assert statuses(broker) == {"gpt": Status.ACTIVE}
-        await asked.left.wait()
+        await asked.wait_left()
         (await upstream.next()).answer(b"{}")
         await waiting.over.wait()
         assert waiting.body == b"{}"
@@ -510,5 +516,5 @@ async def test_a_burst_that_leaves_in_one_instant_overflows_nothing(autojump_clo
         for call in calls:
             call.leave()
         for asked in upstream.calls:
-            await asked.left.wait()
+            await asked.wait_left()
         assert (broker._directory.rows["gpt"].session.channel.epoch, broker.statistics().cancelled) == (1, 500)

@@ -196,6 +196,7 @@ async def test_no_other_variable_is_ever_read(monkeypatch: pytest.MonkeyPatch) -
     """Whatever stands in the file: who can write there must not have the broker send him its secrets."""
     monkeypatch.setenv("SECRET", "x")
     async with open_scripted_engine() as engine, open_httpx_upstream() as asks:
+        engine.on_infer = lambda exchange: exchange.respond_json(200, {})
         row = LLM("gpt", "local", Status.ACTIVE, 0, 0, kind=Kind.PUBLIC, url=engine.base_url, key_env="SECRET")
         with pytest.raises(PublisherError):
             async with asks.open_answer(row, InferRequest("/v1/completions", b"{}")):
@@ -606,15 +607,11 @@ async def test_one_that_never_reads_is_left_all_the_same(
     context.load_cert_chain(*authority.issue())
     hanging = trio.Event()
     async with open_stage(BrokerConfig(first_byte_s=0.4)) as stage, trio.open_nursery() as nursery:
-        port, scheme = 0, "https" if tls else "http"
-        if tls:
-            serve = partial(trio.serve_ssl_over_tcp, stand_still, 0, context, host="127.0.0.1", https_compatible=True)
-            port = (await nursery.start(serve))[0].transport_listener.socket.getsockname()[1]
-        else:
-            port = (await nursery.start(partial(trio.serve_tcp, stand_still, 0, host="127.0.0.1")))[
-                0
-            ].socket.getsockname()[1]
-        await stage.put(url=f"{scheme}://127.0.0.1:{port}", max_concurrency=1)
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        port = listener.socket.getsockname()[1]
+        encrypted = trio.SSLListener(listener, context, https_compatible=True)
+        nursery.start_soon(trio.serve_listeners, stand_still, [encrypted if tls else listener])
+        await stage.put(url=f"http{'s' * tls}://127.0.0.1:{port}", max_concurrency=1)
         body = as_large()[:-1] + b',"stream":true,"c":"' + b"z" * 12_000_000 + b'"}'
         answer = await stage.served.call(body)
         assert (answer.status, answer.code) == (504, "deadline_exceeded")
