@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import json
 import logging
@@ -264,7 +265,10 @@ def test_a_retry_after_may_be_a_date() -> None:
     assert retry_after_of("-1") is None
 
 
-async def test_an_upstream_is_not_read_faster_than_its_client_reads(stage: Stage) -> None:
+async def test_an_upstream_is_not_read_faster_than_its_client_reads(
+    stage: Stage, recwarn: pytest.WarningsRecorder
+) -> None:
+    """And when that one leaves, nothing of the answer is left for the collector to find."""
     await stage.put()
     async with stage.served.server.connect(receive_buffer=32 * 1024) as wire:
         body = as_bytes(STREAM)
@@ -287,6 +291,8 @@ async def test_an_upstream_is_not_read_faster_than_its_client_reads(stage: Stage
         await quick.respond_json(200, {})
         assert (await stage.answer_of(answers)).status == 200
     await exchange.broken.wait()
+    gc.collect()
+    assert [str(each.message) for each in recwarn] == []
 
 
 # What it may do wrong ---------------------------------------------------------------------------------------------------
