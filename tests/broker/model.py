@@ -27,6 +27,7 @@ TIMES = {
     "total_s": 500.0,
     "peer_stall_s": 45.0,
     "settled_memory_s": 100.0,
+    "cancel_lease_s": 10.0,
 }
 BOUNDS = {
     "max_waiting_per_llm": 3,
@@ -44,9 +45,10 @@ NEVER = float("inf")
 class Refused(Exception):
     """The broker says no, for one of these reasons, and nothing has changed."""
 
-    def __init__(self, *codes: str) -> None:
+    def __init__(self, *codes: str, perhaps: bool = False) -> None:
         super().__init__(*codes)
         self.codes = set(codes)
+        self.perhaps = perhaps  # or does not say it
 
 
 @dataclass(eq=False)
@@ -71,6 +73,8 @@ class Task:
     row: Row
     channel: Channel | None = None
     over: bool = False
+    turn: int = 0  # which frame of all it was
+    taken: bool = False  # its frame, by its channel's transport
     due: float = NEVER  # a wake's
     uploading: bool = False
     final: bool = False
@@ -88,6 +92,7 @@ class Infer(Task):
     phase_until: float = NEVER
     total_until: float = NEVER
     sent_at: float = NEVER
+    attempts: int = 0
     headed: bool = False  # its answer has begun, and `head` is its status
     head: int = 200
     last_byte_at: float = 0.0
@@ -98,6 +103,16 @@ class Infer(Task):
     @property
     def full(self) -> bool:
         return self.unread >= BOUNDS["reply_buffer_bytes"]
+
+
+@dataclass(eq=False)
+class Stop:
+    """A slot of an infer that is over, and whose publisher has been told to stop."""
+
+    infer: Infer
+    channel: Channel
+    until: float
+    answered: bool = False
 
 
 @dataclass(eq=False)
@@ -112,9 +127,15 @@ class Row:
     beat: float = 0.0
     slots: int | None = None
     wake_s: float | None = None
+    drains: bool = False  # its publisher lets what is cancelled finish
     waiting: list[Infer] = field(default_factory=list)
     sent: list[Infer] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
     wake: Task | None = None
+
+    @property
+    def free(self) -> bool:
+        return self.slots is None or len(self.sent) + len(self.stops) < self.slots
 
     @property
     def live(self) -> bool:
@@ -153,7 +174,9 @@ class Model:
         self.ends: dict[str, tuple[str, str, str | None]] = {}  # every infer that is over
         self.offline = 0  # infers that were over as soon as accepted
         self.wake_ends: dict[str, str] = {}
+        self.released: list[tuple[str, str]] = []  # infers whose slots were held after their ends, and until what
         self.numbers: dict[str, int] = {}
+        self.turn = 0
         self.begin()
 
     def begin(self) -> None:
@@ -169,13 +192,22 @@ class Model:
         self.numbers[kind] = self.numbers.get(kind, 0) + 1
         return f"{kind}{self.numbers[kind]}"
 
+    def _next_turn(self) -> int:
+        self.turn += 1
+        return self.turn
+
     # What can be asked of it
 
     def rows_of(self, session: Session) -> list[Row]:
         return [r for r in self.rows.values() if r.session == session.name and r.owner == session.owner]
 
     def sent(self) -> list[Task]:
-        return [t for t in self.tasks.values() if t.channel is not None and not t.over]
+        """In the order in which they were."""
+        found = [t for t in self.tasks.values() if t.channel is not None and not t.over]
+        return sorted(found, key=lambda task: task.turn)
+
+    def stops(self) -> list[Stop]:
+        return [s for r in self.rows.values() for s in r.stops]
 
     def waiting(self) -> list[Infer]:
         return [i for r in self.rows.values() for i in r.waiting]
@@ -254,7 +286,7 @@ class Model:
             if gone:  # it was asked of another, whose row this no longer is
                 self._end_wake(row.wake, "lost", "model_offline", cancel="client_disconnected")
             row.session = session.name
-        row.slots, row.wake_s = spec.slots, spec.wake_s
+        row.slots, row.wake_s, row.drains = spec.slots, spec.wake_s, spec.drains
         if row.wake is not None and status == "active":
             self._end_wake(row.wake, "succeeded", by_publisher=True)
         self._revive(row, status)
@@ -272,6 +304,9 @@ class Model:
             if reported == "active" and row.status == "hibernating" and row.wake is not None:
                 self._end_wake(row.wake, "succeeded", by_publisher=True)
             self._revive(row, reported or kept)
+        for stop in self.stops():
+            if stop.channel is session.channel and stop.answered and stop.infer.key not in tasks:
+                self._release(stop, "reported")
         held = {t.key for t in self.sent() if t.channel.session == name}
         return [key for key in tasks if key not in held]
 
@@ -298,9 +333,18 @@ class Model:
                 for row in self.rows_of(session):
                     if not row.withdrawn:
                         self._revive(row, row.remembers if row.status == "inactive" else row.status)
+        for channel in self.channels.values():
+            self._take(channel)
+        for stop in self.stops():
+            stop.answered |= stop.infer.held is not None  # an upload that was held back has been refused
         if self.stopping and not self.stopped and self._is_quiet():
             self._stop()
         self._note_unused()
+
+    def _take(self, channel: Channel) -> None:
+        """Its transport takes what there is."""
+        for task in self.sent():
+            task.taken |= task.channel is channel
 
     def end_channel(self, channel: Channel, reason: str | None) -> None:
         """Its peer is gone (no reason), or the broker ends it."""
@@ -311,14 +355,27 @@ class Model:
             session.channel = None
         if session.pending is channel:
             session.pending = None
+        on_it = [t for t in self.sent() if t.channel is channel]
+        for task in on_it:
+            if not task.taken:
+                self._withdraw_frame(task)
         if reason is not None:
             channel.send("bye", reason)
         channel.state, channel.reason = "ended", reason
-        for task in [t for t in self.sent() if t.channel is channel]:
-            if isinstance(task, Infer):
-                self._end(task, "failed", "publisher_disconnected")
-            else:
+        for stop in [s for s in self.stops() if s.channel is channel]:
+            self._release(stop, "lost")
+        for task in on_it:
+            if not isinstance(task, Infer):
                 self._end_wake(task, "lost", "publisher_disconnected")
+        again = [t for t in on_it if isinstance(t, Infer) and not t.taken and t.attempts <= self.most_attempts(t)]
+        for infer in reversed(again):
+            self._requeue(infer)
+        for task in on_it:
+            if isinstance(task, Infer) and task not in again:
+                self._end(task, "failed", "publisher_disconnected")
+        for infer in again:
+            if not infer.row.live:  # it was withdrawn before
+                self._end(infer, "failed", "model_offline")
         if session.channel is None and session.pending is None:
             for row in self.rows_of(session):
                 self._lose(row)
@@ -366,6 +423,8 @@ class Model:
             self._end_wake(row.wake, "lost", "model_offline", cancel="shutdown")
         for infer in list(row.sent):
             self._end(infer, "failed", "publisher_disconnected", cancel="shutdown")
+        for stop in list(row.stops):
+            self._release(stop, "lost")
         del self.rows[row.name]
 
     def _pump(self, row: Row) -> None:
@@ -375,18 +434,19 @@ class Model:
             for infer in row.waiting:
                 if infer.phase == "wake":
                     self._wait(infer, "queue")
-            while channel is not None and row.waiting and (row.slots is None or len(row.sent) < row.slots):
+            while channel is not None and row.waiting and row.free:
                 self._send(row.waiting.pop(0), channel)
-        elif row.status == "hibernating" and channel is not None and row.waiting and row.wake is None:
+        elif row.status == "hibernating":
             for infer in row.waiting:
                 if infer.phase == "queue":
                     self._wait(infer, "wake")
-            self._start_wake(row, channel)
+            if channel is not None and row.waiting and row.wake is None:
+                self._start_wake(row, channel)
 
     # Infers and wakes
 
-    def infer(self, name: str, stream: bool, reads: bool) -> Infer | None:
-        """None: accepted, and offline at once."""
+    def infer(self, name: str, stream: bool, reads: bool, late: bool) -> Infer | None:
+        """None: accepted, and offline at once. `late`: by what has been measured it would wait for longer than it can."""
         if self.stopping:
             raise Refused("shutting_down")
         if name not in self.rows:
@@ -395,10 +455,9 @@ class Model:
         session = self.sessions.get(row.session or "")
         reachable = row.live and session is not None and (session.channel or session.pending) is not None
         channel = self.channel_of(row)
-        free = row.slots is None or len(row.sent) < row.slots
-        goes = reachable and row.status == "active" and channel is not None and free and not row.waiting
+        goes = reachable and row.status == "active" and channel is not None and row.free and not row.waiting
         full = len(row.waiting) >= BOUNDS["max_waiting_per_llm"] or len(self.waiting()) >= BOUNDS["max_waiting"]
-        if reachable and full and not goes:
+        if reachable and (full or late) and not goes:
             raise Refused("queue_full")
         self.counted["accepted"] += 1
         if not reachable:
@@ -421,10 +480,26 @@ class Model:
 
     def _send(self, infer: Infer, channel: Channel) -> None:
         row = infer.row
-        infer.channel, infer.sent_at, infer.phase = channel, self.now, "sent"
+        infer.channel, infer.sent_at, infer.phase, infer.taken = channel, self.now, "sent", False
+        infer.attempts += 1
+        infer.turn = self._next_turn()
+        assert row.free, "invariant 3"
         row.sent.append(infer)
-        assert row.slots is None or len(row.sent) <= row.slots, "invariant 3"
         channel.send("infer", row.name, infer.key)
+
+    def most_attempts(self, infer: Infer) -> int:
+        return 1
+
+    def _requeue(self, infer: Infer) -> None:
+        """Its frame never left: it waits again, before all others."""
+        row = infer.row
+        row.sent.remove(infer)
+        infer.channel = None
+        row.waiting.insert(0, infer)
+        self._wait(infer, "wake" if row.status == "hibernating" else "queue")
+
+    def _withdraw_frame(self, task: Task) -> None:
+        task.channel.frames = [f for f in task.channel.frames if f[0] not in ("infer", "wake") or f[2] != task.key]
 
     def _end(self, infer: Infer, outcome: str, code: str, phase: str | None = None, **how: object) -> None:
         assert infer.key not in self.ends, "invariant 2"
@@ -442,11 +517,50 @@ class Model:
         session = self.sessions.get(task.channel.session)
         if session is not None:
             session.settled.append((task.key, by_publisher, self.now, self.step))
-        if cancel is not None:
+        if cancel is not None and not task.taken:
+            self._withdraw_frame(task)
+        elif cancel is not None:
+            if isinstance(task, Infer):
+                self._hold(task, task.channel)
             task.channel.send("cancel", task.row.name, task.key, cancel)
 
+    def _hold(self, infer: Infer, channel: Channel) -> None:
+        """Its slot stays taken until its publisher has stopped, as far as can be told."""
+        on_it = sum(stop.channel is channel for stop in self.stops())
+        if channel.state != "ended" and on_it < BOUNDS["max_settled_per_session"]:
+            until = self.now + TIMES["cancel_lease_s"]
+            if infer.row.drains:
+                until = max(until, infer.total_until)
+            infer.row.stops.append(Stop(infer, channel, until))
+
+    def _release(self, stop: Stop, how: str) -> None:
+        row = stop.infer.row
+        row.stops.remove(stop)
+        self.released.append((stop.infer.key, how))
+        self._pump(row)
+
+    def confirm_cancelled(self, key: str, owner: str) -> None:
+        for stop in self.stops():
+            if stop.infer.key == key and self.sessions[stop.channel.session].owner == owner:
+                self._release(stop, "confirmed")
+                return
+        try:
+            task = self.find_task(key, owner)
+        except Refused as refused:
+            if refused.codes == {"task_not_found"}:
+                raise
+            if "task_not_found" in refused.codes:
+                raise Refused("task_not_found", perhaps=True) from None
+            return
+        self._fail(task)
+
+    def note_answered(self, key: str) -> None:
+        """Its publisher has been told that it is over."""
+        for stop in self.stops():
+            stop.answered |= stop.infer.key == key
+
     def _start_wake(self, row: Row, channel: Channel) -> None:
-        wake = Task(self._key("w"), row, channel, due=self.now + (row.wake_s or TIMES["wake_s"]))
+        wake = Task(self._key("w"), row, channel, turn=self._next_turn(), due=self.now + (row.wake_s or TIMES["wake_s"]))
         self.tasks[wake.key] = row.wake = wake
         self.counted["wakes"] += 1
         channel.send("wake", row.name, wake.key)
@@ -620,6 +734,8 @@ class Model:
         for infer in self.waiting():
             if not infer.over:
                 self._end(infer, "failed", "shutting_down")
+        for stop in self.stops():
+            self._release(stop, "lost")
         for task in self.sent():
             if isinstance(task, Infer):
                 self._end(task, "failed", "shutting_down", cancel="shutdown")
@@ -636,7 +752,7 @@ class Model:
         self._note_unused()
         self.begin()
         for row in self.rows.values():
-            row.waiting, row.sent, row.wake = [], [], None
+            row.waiting, row.sent, row.stops, row.wake = [], [], [], None
             self._lose(row)
         for session in self.sessions.values():
             session.settled = []
@@ -669,6 +785,14 @@ class Model:
                 found.append((due, task.key, lambda model, key=task.key: model._time_out(key)))
             else:
                 found.append((task.due, task.key, lambda model, key=task.key: model._time_out(key)))
+        for stop in self.stops():
+            found.append((stop.until, stop.infer.key, lambda model, key=stop.infer.key: model._expire(key)))
+        # Whether a transport has taken what is sent in this instant, when something else is due in it, is open.
+        for channel in self.channels.values():
+            if any(task.channel is channel and not task.taken for task in self.sent()):
+                found.append(
+                    (self.now, channel.key, lambda model, key=channel.key: model._take(model.channels[key]))
+                )
         found.append((self.next_sweep, "sweep", Model._sweep_by_clock))
         if self.stopping and not self.stopped:
             found.append((self.now if self._is_quiet() else self.stop_at, "stop", Model._stop))
@@ -684,6 +808,10 @@ class Model:
             self.leave(task)
         else:
             self._end(task, "failed", "deadline_exceeded", phase, cancel="deadline_exceeded")
+
+    def _expire(self, key: str) -> None:
+        for stop in [s for s in self.stops() if s.infer.key == key]:
+            self._release(stop, "expired")
 
     def _sweep_by_clock(self) -> None:
         self.sweep()
@@ -724,8 +852,9 @@ class Model:
                 r.status,
                 r.remembers,
                 r.since,
-                tuple(i.key for i in r.waiting),
-                tuple(sorted(i.key for i in r.sent)),
+                tuple((i.key, i.phase) for i in r.waiting),
+                tuple(sorted((i.key, i.taken) for i in r.sent)),
+                frozenset(s.infer.key for s in r.stops),
             )
             for r in self.rows.values()
         ]
@@ -735,6 +864,7 @@ class Model:
             tuple((s.name, s.channel is None) for s in self.sessions.values()),
             frozenset(self.ends.items()),
             frozenset(self.wake_ends.items()),
+            frozenset(self.released),
             (self.next_sweep, self.stopped),
         )
 
@@ -747,3 +877,4 @@ class Spec:
     status: str | None = None
     slots: int | None = None
     wake_s: float | None = None
+    drains: bool = False

@@ -25,7 +25,8 @@ from wakecall import BrokerConfig, InferRequest, LLMSpec, Status, WakecallError,
 from wakecall.broker import Broker
 from wakecall.errors import ModelOffline, TaskOver
 from wakecall.frames import Frame
-from wakecall.models import Event, InferSettled, WakeSettled
+from wakecall.models import Event, InferSettled, SlotReleased, WakeSettled
+from wakecall.placement import estimate_wait
 from wakecall.session import Channel
 from wakecall.store.base import MemoryStore
 from wakecall.task import Infer
@@ -54,6 +55,7 @@ def some_specs(*names, min_size=1):
         status=st.none() | statuses,
         slots=st.sampled_from([None, 1, 1, 2]),
         wake_s=st.sampled_from([None, None, 25.0, 55.0]),
+        drains=st.sampled_from([False, False, False, True]),
     )
     return st.lists(spec, unique_by=lambda spec: spec.name, min_size=min_size, max_size=4)
 
@@ -75,6 +77,10 @@ def any_task(machine):
 
 def sent(machine):
     return [task.key for task in machine.model.sent()]
+
+
+def stopped(machine):
+    return [stop.infer.key for stop in machine.model.stops()]
 
 
 def free(machine):
@@ -188,6 +194,7 @@ class Machine(RuleBasedStateMachine):
         self.uploads: dict[str, Upload] = {}
         self.events: list[Event] = []
         self.ended: dict[str, InferSettled | WakeSettled] = {}
+        self.released: set[tuple[str, str]] = set()
         self.offline = 0
         self.checked: set[str] = set()
         self.open()
@@ -216,14 +223,18 @@ class Machine(RuleBasedStateMachine):
         assert (counted.waiting, counted.in_flight, counted.wakes_in_flight, counted.channels) == (0, 0, 0, 0)
         directory = self.broker._directory
         assert directory.tasks == {}
+        assert directory.held_slots == {}
         assert directory.waiting_deadlines.armed == 0
-        assert all((r.in_flight, len(r.waiting), r.wake) == (0, 0, None) for r in directory.rows.values())
+        assert all(
+            (r.in_flight, r.stopping, len(r.pool.line), r.wake) == (0, 0, 0, None) for r in directory.rows.values()
+        )
         assert all((s.channel, s.pending, s.leaving) == (None, None, None) for s in directory.sessions.values())
         for line in self.lines.values():
             channel = line.channel
             assert line.over
             assert channel.joined.is_set()
             assert channel.tasks == {}
+            assert channel.stopping == {}
             assert channel.deadlines.armed == 0
         self.uploads.clear()
 
@@ -240,8 +251,11 @@ class Machine(RuleBasedStateMachine):
 
     # Asking both
 
-    def ask(self, ask_model, ask_broker, *, settle=True):
-        """Returns what the model answered, and what the broker did; both None if they refused alike."""
+    def ask(self, ask_model, ask_broker, *, settle=True, task=None):
+        """Returns what the model answered, and what the broker did; both None if they refused alike.
+
+        `task`: the one that its publisher speaks of, and is told of if it is over.
+        """
         expected = refused = answer = error = None
         self.model.step += 1
         try:
@@ -252,9 +266,11 @@ class Machine(RuleBasedStateMachine):
             answer = ask_broker()
         except WakecallError as raised:
             error = raised
-        if refused is not None:
+        if refused is not None and (error is not None or not refused.perhaps):
             assert error is not None, f"refused by the model alone: {refused}"
             assert error.code in refused.codes, (error.code, refused.codes)
+            if task is not None and error.code != "task_not_found":
+                self.model.note_answered(task)
         elif error is not None:
             raise error
         if settle:
@@ -379,8 +395,9 @@ class Machine(RuleBasedStateMachine):
             except ModelOffline:
                 return None  # accepted all the same
 
+        late = self.stage.do(self.would_be_late, name)
         expected, answer = self.ask(
-            lambda: self.model.infer(name, stream, reads),
+            lambda: self.model.infer(name, stream, reads, late),
             ask_broker,
             settle=False,
         )
@@ -391,6 +408,15 @@ class Machine(RuleBasedStateMachine):
             self.stage.start(caller.run)
         if settle:
             self.check()
+
+    def would_be_late(self, name):
+        """By the broker's own estimate: what it measures is not the model's business, but what it makes of that is."""
+        row = self.broker._directory.rows.get(name)
+        if row is None:
+            return False
+        load = self.broker._dispatcher.placer.load_of(row, trio.current_time())
+        wait_s = estimate_wait([load], len(self.model.rows[name].waiting))
+        return wait_s is not None and wait_s > min(CONFIG.queue_s, CONFIG.total_s)
 
     @rule(name=chosen(callable_rows), count=st.integers(2, 4))
     def infers(self, name, count):
@@ -457,7 +483,7 @@ class Machine(RuleBasedStateMachine):
 
         if not final and offset is None:
             return
-        self.ask(ask_model, lambda: self.stage.wait(ask_broker))
+        self.ask(ask_model, lambda: self.stage.wait(ask_broker), task=task)
 
     @precondition(any_task)
     @rule(
@@ -476,6 +502,7 @@ class Machine(RuleBasedStateMachine):
                 lambda: self.broker.open_upload(task_id, owner=owner, status=status, offset=offset, final=final)
             ),
             settle=False,
+            task=task,
         )
         if upload is not None:
             self.uploads[task] = upload
@@ -555,6 +582,17 @@ class Machine(RuleBasedStateMachine):
         self.ask(
             lambda: self.model.fail(task, owner),
             lambda: self.stage.do(lambda: self.broker.fail(task_id, "no", owner=owner)),
+            settle=settle,
+            task=task,
+        )
+
+    @precondition(any_task)
+    @rule(task=chosen(lambda m: stopped(m) * 4 + any_task(m)), stranger=seldom, settle=settles)
+    def confirm_cancelled(self, task, stranger, settle):
+        task_id, owner = self.id_of(task), self.owner_of(task, stranger)
+        self.ask(
+            lambda: self.model.confirm_cancelled(task, owner),
+            lambda: self.stage.do(lambda: self.broker.confirm_cancelled(task_id, owner=owner)),
             settle=settle,
         )
 
@@ -675,7 +713,7 @@ class Machine(RuleBasedStateMachine):
             event = self.ended.get(self.ids[key])
             if event is None or (event.outcome, event.code) != (outcome, code):
                 return False
-        return True
+        return all((self.ids[key], how) in self.released for key, how in model.released)
 
     # Comparing
 
@@ -695,6 +733,8 @@ class Machine(RuleBasedStateMachine):
         for event in self.events:
             if isinstance(event, InferSettled) and event.phase == "offline":
                 self.offline += 1
+            elif isinstance(event, SlotReleased):
+                self.released.add((event.task_id, event.how))
             elif isinstance(event, (InferSettled, WakeSettled)):
                 assert event.task_id not in self.ended, "invariant 2: one outcome"
                 self.ended[event.task_id] = event
@@ -753,8 +793,8 @@ class Machine(RuleBasedStateMachine):
         assert all(len(s.settled) <= CONFIG.max_settled_per_session for s in directory.sessions.values())
         for session in directory.sessions.values():
             if session.channel is not None:
-                stall = 1  # its own, which is disarmed only when it falls due
-                assert 0 <= session.channel.deadlines.armed - len(session.channel.tasks) <= stall
+                channel, stall = session.channel, 1  # its own, which is disarmed only when it falls due
+                assert 0 <= channel.deadlines.armed - len(channel.tasks) - len(channel.stopping) <= stall
         assert set(directory.rows) == {*directory.live, *directory.inactive} | {
             row.name for row in model.rows.values() if row.public
         }
@@ -773,6 +813,7 @@ class Machine(RuleBasedStateMachine):
             "beat": None if loose else llm.last_heartbeat_at,
             "slots": llm.max_concurrency,
             "in_flight": view.in_flight,
+            "stopping": view.stopping,
             "waiting": view.waiting,
             "waking": view.waking,
             "routable": view.routable,
@@ -789,6 +830,7 @@ class Machine(RuleBasedStateMachine):
             "beat": None if row.public or row.withdrawn else EPOCH + row.beat,
             "slots": row.slots,
             "in_flight": len(row.sent),
+            "stopping": len(row.stops),
             "waiting": len(row.waiting),
             "waking": row.wake is not None,
             "routable": row.live and model.channel_of(row) is not None,
@@ -803,8 +845,9 @@ class Machine(RuleBasedStateMachine):
             for event, *rest in channel.frames:
                 expected.setdefault(rest[0] if len(rest) > 1 else None, []).append((event, *rest))
             seen, wakes = {}, {}
+            sequence = [int(frame.id.removeprefix(f"{channel.epoch}-")) for frame in line.frames]
+            assert sequence == sorted(set(sequence))
             for number, frame in enumerate(line.frames, 1):
-                assert frame.id == f"{channel.epoch}-{number}"
                 data = frame.data
                 if frame.event == "hello":
                     assert (number, data["epoch"], data["session_id"]) == (1, channel.epoch, channel.session)
@@ -846,6 +889,7 @@ class Machine(RuleBasedStateMachine):
         seen = {self.keys[i]: (e.outcome, e.code) for i, e in self.ended.items() if isinstance(e, InferSettled)}
         assert seen == {key: (outcome, code) for key, (outcome, code, _) in model.ends.items()}
         assert self.offline == model.offline
+        assert {(self.keys[task_id], how) for task_id, how in self.released} == set(model.released)
         wakes = [e.outcome for e in self.ended.values() if isinstance(e, WakeSettled)]
         assert sorted(wakes) == sorted(model.wake_ends.values())
         for task_id, event in self.ended.items():
@@ -881,7 +925,13 @@ class Machine(RuleBasedStateMachine):
 
     def llm_specs(self, specs):
         return [
-            LLMSpec(s.name, status=s.status and Status(s.status), max_concurrency=s.slots, wake_s=s.wake_s)
+            LLMSpec(
+                s.name,
+                status=s.status and Status(s.status),
+                max_concurrency=s.slots,
+                wake_s=s.wake_s,
+                cancel="drain" if s.drains else "abort",
+            )
             for s in specs
         ]
 
