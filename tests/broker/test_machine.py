@@ -425,6 +425,49 @@ class Machine(RuleBasedStateMachine):
             self.infer(name, False, True, False)
         self.check()
 
+    @rule(
+        name=chosen(callable_rows),
+        count=st.integers(1, 3),
+        then=st.lists(
+            st.sampled_from(["leave", "disconnect", "open_channel", "withdraw", "goodbye", "evict", "delete_llm"]),
+            min_size=1,
+            max_size=3,
+        ),
+    )
+    def before_it_is_taken(self, name, count, then):
+        """Frames are sent, and before a transport has taken them something becomes of their publisher or their callers."""
+        for _ in range(count):
+            self.infer(name, False, True, False)
+        row = self.model.rows.get(name)
+        session = None if row is None else self.model.sessions.get(row.session)
+        for what in then:
+            if session is None or self.model.sessions.get(session.name) is not session or self.model.stopping:
+                break
+            stranger = session.owner != OWNERS[session.name]
+            match what:
+                case "leave" if self.callers:
+                    self.leave(list(self.callers)[-1], False)
+                case "disconnect" if (channel := session.channel or session.pending) is not None:
+                    self.disconnect(channel.key, False)
+                case "open_channel":
+                    self.open_channel(session.name, stranger, False)
+                case "withdraw":
+                    # As one step, where a register would let what was sent be taken while it is committed.
+                    self.ask(
+                        lambda: self.model.register(session.name, session.owner, []),
+                        lambda: self.stage.do(
+                            self.broker._registry.register_nowait, session.name, [], session.owner, "", "", None
+                        ),
+                        settle=False,
+                    )
+                case "goodbye":
+                    self.goodbye(session.name, stranger)
+                case "evict":
+                    self.evict(session.name)
+                case "delete_llm" if name in self.model.rows:
+                    self.delete_llm(name)
+        self.check()
+
     @precondition(lambda self: self.callers)
     @rule(infer=chosen(lambda m: list(m.callers)[-6:]), settle=settles)
     def leave(self, infer, settle):
