@@ -59,21 +59,23 @@ class Dispatcher(Infers):
             self.stops.release(stopping, "lost")
         self.waker.lose_wakes(channel, shutdown=shutdown)
         failed = 0
-        rows: dict[str, Row] = {}
+        again = []
         # From the last on: each goes to the head of its key's place.
         for infer in reversed(infers):
             if not (shutdown or infer.frame_taken) and infer.attempts <= self.placer.most_attempts(infer):
-                assert infer.row is not None
-                rows[infer.row.llm.name] = infer.row
+                again.append(infer)
                 self._requeue(infer)
         for infer in infers:
             if infer.state is InferState.SENT and infer.channel is channel:
                 failed += 1
                 self.settle(infer, "failed", ShutDownAtWork() if shutdown else PublisherDisconnected(), cancel=cancel)
-        for row in rows.values():
-            if row.llm.status is Status.INACTIVE:
-                self.strand(row.pool)  # it was withdrawn before, and no step to come says so
-            self.pump_pool(row.pool)
+        for infer in again:
+            if infer.state is not InferState.WAITING or infer.pool is None:
+                continue
+            if all(row.llm.status is Status.INACTIVE for row in self.placer.candidates(infer)):
+                self.strand(infer.pool)  # withdrawn before, and no step to come says so
+            else:
+                self.pump_pool(infer.pool)  # others may have room for it now
         return failed
 
     def refuse_all_waiting(self, error: type[WakecallError]) -> None:

@@ -318,6 +318,7 @@ class Model:
         channel = Channel(f"{name}#{session.epoch}@{self._key('c')}", name, session.epoch)
         self.channels[channel.key] = channel
         before, session.pending = session.pending, channel
+        self._note_unused()
         for older in (before, session.channel):
             if older is not None:
                 self.end_channel(older, "superseded")

@@ -9,7 +9,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.broker.helpers import CALL, STREAM, codes, start_call, start_calls, statuses, view
 from wakecall import BrokerConfig, InferRequest, LLMSpec, Status
-from wakecall.errors import PublisherLostWhileWaking, SessionNotFound, ShuttingDown
+from wakecall.errors import ModelOffline, PublisherLostWhileWaking, SessionNotFound, ShuttingDown
 from wakecall.testing import FakePublisher, open_test_broker
 
 ACTIVE, HIBERNATING, INACTIVE = Status.ACTIVE, Status.HIBERNATING, Status.INACTIVE
@@ -427,3 +427,44 @@ async def test_a_publisher_that_takes_its_frames_slowly_is_not_stale(autojump_cl
                 if slow:
                     channel.note_progress()
             assert channel.ended == (None if slow else "stale")
+
+
+@pytest.mark.parametrize("end", ["goodbye", "evict", "withdrawn and gone"])
+async def test_what_never_left_for_a_withdrawn_row_is_offline_at_once(autojump_clock, end):
+    """Its publisher left on purpose before its transport took the frame: nobody is to wait for the queue's time."""
+    async with open_test_broker() as broker:
+        await broker.register("laptop", [LLMSpec("qwen")])
+        async with broker.open_channel("laptop") as channel:
+            await channel.receive()
+            infer = broker.infer_nowait("qwen", CALL)
+            match end:
+                case "goodbye":
+                    await broker.goodbye("laptop")
+                case "evict":
+                    await broker.evict("laptop")
+                case _:
+                    await broker.register("laptop", [])
+                    channel.disconnect()
+            assert view(broker).waiting == 0
+            with pytest.raises(ModelOffline):
+                await infer.wait_head()
+
+
+async def test_what_never_left_goes_to_another_of_its_pool_at_once(autojump_clock):
+    async with open_test_broker() as broker:
+        await broker.register("laptop", [LLMSpec("laptop-qwen", pool="qwen", max_concurrency=1)])
+        await broker.register("gpu-box", [LLMSpec("gpu-qwen", pool="qwen", max_concurrency=1)])
+        async with broker.open_channel("laptop") as first, broker.open_channel("gpu-box") as second:
+            channels = {"laptop-qwen": first, "gpu-qwen": second}
+            for channel in channels.values():
+                await channel.receive()
+            infer = broker.infer_nowait("qwen", CALL)
+            (busy,) = [name for name in channels if view(broker, name).in_flight]
+            (other,) = channels.keys() - {busy}
+            channels[busy].disconnect()
+            assert view(broker, other).in_flight == 1
+            (frame,) = await channels[other].receive()
+            assert frame.data["task_id"] == infer.task_id
+            await broker.complete(infer.task_id, b"{}")
+            assert await (await infer.wait_head()).read() == b"{}"
+            infer.cancel()
