@@ -54,13 +54,14 @@ class Pool:
     A row without a pool has one to itself, which has no name.
     """
 
-    __slots__ = ("line", "name", "owner", "probe", "rows")
+    __slots__ = ("line", "name", "owner", "probe", "rows", "sent")
 
     def __init__(self, name: str | None, owner: str) -> None:
         self.name: Final = name
         self.owner: Final = owner
         self.rows: dict[str, Row] = {}
         self.line: Final[FairLine[Infer]] = FairLine()
+        self.sent = 0  # infers that have gone to any of its rows
         self.probe: Deadline | None = None  # when one that is avoided may be tried again
 
     @property

@@ -51,6 +51,9 @@ __all__ = ["Infers"]
 
 _PHASE_OF: Final[dict[Due, Phase]] = {Due.FIRST_BYTE: "first_byte", Due.IDLE: "idle", Due.TOTAL: "total"}
 
+#: Seconds between looks at a row that is avoided for so many infers, while some wait.
+_PROBE_S: Final = 1.0
+
 Outcome = Literal["completed", "failed", "cancelled"]
 
 
@@ -220,6 +223,7 @@ class Infers:
         now = trio.current_time()
         row.in_flight += 1
         row.last_sent_at = now
+        row.pool.sent += 1
         self._counters.waiting -= 1
         self._counters.in_flight += 1
         if infer.claim is not None:
@@ -262,10 +266,10 @@ class Infers:
             now = trio.current_time()
             alone = self.placer.is_alone(pool, now)
             named = llm.hold == "drain"
-            if not alone and health.is_avoided(now):
+            if not alone and health.is_avoided(now, pool.sent):
                 # Whoever asked for it by name gets it all the same.
                 named = True
-                self._probe(pool, health.avoided_until)
+                self._probe(pool, max(health.avoided_until, now + _PROBE_S))
             # On trial: one at a time of those who could have gone elsewhere.
             on_trial = not alone and not named and health.is_on_trial(now)
             accepts = partial(_has_not_refused, llm.name)
@@ -296,6 +300,7 @@ class Infers:
 
         if pool.probe is None:
             pool.probe = Deadline(look)
+        if at < pool.probe.due:
             self._directory.waiting_deadlines.arm(pool.probe, at)
 
     # Moving ---------------------------------------------------------------------------------------------------------
@@ -307,7 +312,7 @@ class Infers:
         """
         row = infer.row
         assert row is not None
-        row.health.note_failure(trio.current_time())
+        row.health.note_failure(trio.current_time(), row.pool.sent)
         before, infer.refused_by = infer.refused_by, infer.refused_by | {row.llm.name}
         place, _ = self.placer.find_place(infer, infer.stage)
         if place is None:
@@ -442,10 +447,10 @@ class Infers:
                     row.pool.line.charge(key, infer.request.priority, held_s / max(health.service_s, 1e-3) - 1.0)
                 health.note_success(now, held_s)
             elif infer.engine_status >= 500:
-                health.note_failure(now)
+                health.note_failure(now, row.pool.sent)
         elif outcome == "failed" and (by_publisher or infer.first_byte_at is None) and not self._directory.stopping:
             # A deadline within an answer may be its client's doing; before the first byte it is the publisher's.
-            health.note_failure(now)
+            health.note_failure(now, row.pool.sent)
 
     def _tell(self, infer: Infer, outcome: Outcome, now: float) -> None:
         if not self._directory.observers:

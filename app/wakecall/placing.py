@@ -119,7 +119,7 @@ class Placer:
             taken=row.in_flight + row.stopping,
             max_concurrency=llm.max_concurrency,
             waking=row.wake is not None,
-            avoided=health.is_avoided(now),
+            avoided=health.is_avoided(now, row.pool.sent),
             on_trial=health.is_on_trial(now),
             first_byte_s=health.first_byte_s,
             service_s=health.service_s,

@@ -197,7 +197,7 @@ class Waker:
             row.health.note_wake(now - wake.started_at)
         else:
             self._counters.wakes_failed += 1
-            row.health.note_failure(now)
+            row.health.note_failure(now, row.pool.sent)
         if wake.upload is not None:
             wake.upload._task_is_over()
         directory.notify(WakeSettled(wake.task_id, name, outcome, now - wake.started_at, len(waiters)))
