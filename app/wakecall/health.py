@@ -5,8 +5,8 @@ on its row, and it is avoided wherever another can do the work
 
 - for `2 ** (penalty - 1)` seconds, at most a minute: where there is much traffic, that is what spares it;
 - and until `2 ** failures` infers, at most 64, have gone to its pool meanwhile: where there is little, that is. By time
-  alone, each call in a quiet pool would find it forgiven, idle, and (if it was the fastest) first choice. For ten minutes at
-  most: it may long be well again, and the others overloaded.
+  alone, each call in a quiet pool would find it forgiven, idle, and (if it was the fastest) first choice. But for no longer
+  than ten times `2 ** (failures - 1)` seconds, at most ten minutes: it may be well again, and the others busy.
 
 After that it is tried with one infer at a time until one has gone well. A success halves the penalty, and so does each half
 minute in which it is not avoided. Pure: `now` is an argument, in seconds, by any clock that only grows; `sent` is how many
@@ -24,7 +24,7 @@ _WEIGHT: Final = 0.2  # how fast an average follows what is measured
 _HALF_LIFE_S: Final = 30.0
 _LONGEST_S: Final = 60.0
 _MOST_SPARED: Final = 64
-_SPARED_S: Final = 600.0
+_SPARED_FOR: Final = 10.0
 _WORST: Final = 8.0
 #: Below it a row is trusted with as many infers as it takes.
 _TRUSTED: Final = 0.5
@@ -42,10 +42,10 @@ class Health:
 
     __slots__ = (
         "_at",
-        "_failed_at",
         "_failures",
         "_penalty",
         "_sent",
+        "_spared_until",
         "avoided_until",
         "first_byte_s",
         "service_s",
@@ -60,8 +60,8 @@ class Health:
         self._penalty = 0.0
         self._at = 0.0  # from when on the penalty is less than that
         self._failures = 0  # since it last did well
-        self._failed_at = -math.inf
         self._sent = 0  # infers that had gone to the pool at the last of them
+        self._spared_until = -math.inf
 
     def penalty(self, now: float) -> float:
         """0: in good health. It halves by itself every half minute."""
@@ -73,7 +73,7 @@ class Health:
         """Whether others are to be preferred."""
         if now < self.avoided_until:
             return True
-        if not self._failures or now >= self._failed_at + _SPARED_S:
+        if not self._failures or now >= self._spared_until:
             return False
         # Where fewer had gone before, that was another pool.
         return 0 <= sent - self._sent < min(1 << self._failures, _MOST_SPARED)
@@ -87,7 +87,8 @@ class Health:
         self._penalty = min(self.penalty(now) + 1.0, _WORST)
         self._at = self.avoided_until = now + min(2.0 ** (self._penalty - 1.0), _LONGEST_S)
         self._failures = min(self._failures + 1, _MOST_SPARED)
-        self._failed_at, self._sent = now, sent
+        self._sent = sent
+        self._spared_until = now + _SPARED_FOR * min(2.0 ** (self._failures - 1), _LONGEST_S)
 
     def note_first_byte(self, seconds: float) -> None:
         """An answer has begun."""

@@ -123,6 +123,7 @@ class Infers:
         infer.deadline = Deadline(partial(self._on_waiting_due, infer))
         self.placer.add_to_line(infer, place.target, first=False)
         self.enter_phase(infer)
+        self._probe_avoided(infer.pool, trio.current_time())
         if place.decision.wake is not None:
             self.waker.want(infer.pool.rows[place.decision.wake])
         for row in self.placer.candidates(infer):
@@ -269,7 +270,7 @@ class Infers:
             if not alone and health.is_avoided(now, pool.sent):
                 # Whoever asked for it by name gets it all the same.
                 named = True
-                self._probe(pool, max(health.avoided_until, now + _PROBE_S))
+                self._probe_avoided(pool, now)
             # On trial: one at a time of those who could have gone elsewhere.
             on_trial = not alone and not named and health.is_on_trial(now)
             accepts = partial(_has_not_refused, llm.name)
@@ -291,17 +292,20 @@ class Infers:
                 return
             self.pump(row)
 
-    def _probe(self, pool: Pool, at: float) -> None:
-        """Look again when a row that is avoided may be tried."""
+    def _probe_avoided(self, pool: Pool, now: float) -> None:
+        """Look again when a row that is avoided may be tried: for whoever waits, nothing else need happen until then."""
 
         def look() -> None:
             pool.probe = None
             self.pump_pool(pool)
 
-        if pool.probe is None:
-            pool.probe = Deadline(look)
-        if at < pool.probe.due:
-            self._directory.waiting_deadlines.arm(pool.probe, at)
+        for row in pool.rows.values():
+            if row.health.is_avoided(now, pool.sent):
+                at = max(row.health.avoided_until, now + _PROBE_S)
+                if pool.probe is None:
+                    pool.probe = Deadline(look)
+                if at < pool.probe.due:
+                    self._directory.waiting_deadlines.arm(pool.probe, at)
 
     # Moving ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,81 @@
+"""A publisher that fails is avoided, tried again, and trusted again: what `health` decides, in the broker."""
+
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from tests.broker.helpers import CALL, start_call
+from wakecall import BrokerConfig, LLMSpec
+from wakecall.errors import WakecallError
+from wakecall.testing import FakePublisher, open_test_broker
+
+# Nobody here sends heartbeats.
+PATIENT = BrokerConfig(heartbeat_timeout_s=1e6)
+
+
+def member(name, slots=1):
+    return [LLMSpec(name, pool="qwen", max_concurrency=slots)]
+
+
+async def answer_all(publisher):
+    while True:
+        await publisher.answer(await publisher.next("infer", within_s=1e6), b"{}")
+
+
+async def fail_all(publisher):
+    while True:
+        publisher.fail(await publisher.next("infer", within_s=1e6), "It is broken.")
+
+
+async def call(broker):
+    """Whether it was answered."""
+    try:
+        async with broker.infer("qwen", CALL) as reply:
+            await reply.read()
+    except WakecallError:
+        return False
+    return True
+
+
+async def test_one_that_always_fails_is_tried_ever_more_rarely_in_a_quiet_pool(autojump_clock):
+    """One call a minute: each finds it idle, and by time alone forgiven."""
+    async with (
+        open_test_broker(PATIENT) as broker,
+        FakePublisher(broker, "laptop", member("works")) as works,
+        FakePublisher(broker, "desktop", member("broken")) as broken,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(answer_all, works)
+        nursery.start_soon(fail_all, broken)
+        answered = []
+        for _ in range(200):
+            answered.append(await call(broker))
+            await trio.sleep(9)
+        assert len(broken.events("infer")) == answered.count(False)
+        # After 2, 4, 8, 16, 32 and 64 others.
+        assert 5 <= answered.count(False) <= 8
+        assert answered[100:].count(False) <= 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_one_that_failed_once_is_tried_within_ten_seconds_where_somebody_waits(autojump_clock):
+    """Though the other one is busy for long, and nothing else comes by which it could be spared."""
+    async with (
+        open_test_broker(PATIENT) as broker,
+        FakePublisher(broker, "laptop", member("busy")) as busy,
+        FakePublisher(broker, "desktop", member("hiccup")) as hiccup,
+        trio.open_nursery() as nursery,
+    ):
+        first, second = start_call(nursery, broker), start_call(nursery, broker)
+        await wait_all_tasks_blocked()
+        hiccup.fail(await hiccup.next("infer"), "Not now.")
+        failed_at = trio.current_time()
+        third = start_call(nursery, broker)
+        frame = await hiccup.next("infer")
+        assert 1.0 <= trio.current_time() - failed_at <= 11.0
+        await hiccup.answer(frame, b"{}")
+        await third.over.wait()
+        assert third.body == b"{}"
+        await busy.answer(await busy.next("infer"), b"{}")
+        await first.over.wait()
+        await second.over.wait()
+        assert sorted([first.code, second.code], key=str) == [None, "publisher_error"]
