@@ -46,10 +46,12 @@ async def test_every_option_reaches_the_row(tmp_path: Path) -> None:
     """Name, id, type, session, concurrency and the rest stand at the broker as they were given."""
     options = ("--name", "mine", "--model", "wakecall-demo", "--type", "toy", "--session", "my-session")
     options += ("--max-concurrency", "3", "--cancel", "drain", "--wake-s", "7", "--hibernating", "--upload", "chunks")
+    options += ("--pool", "gpus", "--queue-s", "11", "--first-byte-s", "12", "--idle-s", "13", "--total-s", "14")
     async with open_stage() as stage, run_wakecall(*stage.args, *options, state=tmp_path) as publish:
         await publish.err.wait("channel open")
         row = stage.broker.llm("mine")
         assert (row.model, row.type, row.session_id) == ("wakecall-demo", "toy", "my-session")
+        assert row.pool == "gpus"
         assert (row.max_concurrency, row.cancel, row.wake_s, row.status) == (3, "drain", 7.0, "hibernating")
         # The engine is awake already: a wake asks its health, and needs no command.
         assert (await stage.chat("mine")).status_code == 200
@@ -148,6 +150,15 @@ async def test_a_name_that_is_taken_ends_it(tmp_path: Path) -> None:
             assert "refuses to register 'wakecall-demo': This name is a public model's" in publish.err.text
             assert "Publish yours under another --name" in publish.err.text
             assert "Traceback" not in publish.err.text
+
+
+async def test_a_pool_that_cannot_be_had_ends_it(tmp_path: Path) -> None:
+    async with open_stage() as stage:
+        await stage.broker.register("other", [LLMSpec("gpt")])
+        async with run_wakecall(*stage.args, "--pool", "gpt", state=tmp_path) as publish:
+            assert await publish.wait() == 1
+            assert "'wakecall-demo' in the pool 'gpt': A pool cannot have the name of a model." in publish.err.text
+            assert "Choose another --pool" in publish.err.text
 
 
 async def test_a_name_that_another_session_took_meanwhile_ends_it(tmp_path: Path) -> None:

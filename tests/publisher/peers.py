@@ -71,7 +71,7 @@ class Channel:
 class Broker:
     """The publisher's side of the protocol, by the script: `on[...]` replaces what it does by default.
 
-    Keys of `on`: register, frames, heartbeat, goodbye, body, result, chunks, failure.
+    Keys of `on`: register, frames, heartbeat, goodbye, body, result, chunks, failure, cancelled.
     """
 
     def __init__(self) -> None:
@@ -173,6 +173,11 @@ class Broker:
     async def _body(self, exchange: Exchange) -> None:
         await exchange.read()
         await exchange.respond(200, self.bodies[exchange.path.split("/")[-2]])
+
+    async def _cancelled(self, exchange: Exchange) -> None:
+        await exchange.read()
+        await exchange.start(204)
+        await exchange.finish()
 
     async def _settle(self, exchange: Exchange) -> None:
         await exchange.read()

@@ -74,6 +74,7 @@ async def test_a_refusal_for_good_ends_an_agent_that_was_registered_before(
     ("param", "name", "said"),
     [
         ("llms[1].name", "n", "refuses to register 'n': the reason"),
+        ("llms[1].pool", "n", "refuses to register 'n' in the pool 'p': the reason"),
         ("llms[0].max_concurrency", "m", "refuses to register 'm' (max_concurrency): the reason"),
         ("llms", None, "refuses to register its models: the reason"),
         ("llms[7].name", None, "refuses to register its models: the reason"),
@@ -84,9 +85,22 @@ async def test_the_model_at_fault_is_named(stage: Stage, param: str | None, name
     """The broker says `llms[1].name`, which tells a person nothing."""
     stage.broker.on["register"] = refuse(409, "llm_name_taken", param)
     with pytest.raises(NameTaken) as refused:
-        await run_publisher(stage.config(models=(PublishedModel("m"), PublishedModel("n", "n:7b"))))
+        await run_publisher(stage.config(models=(PublishedModel("m"), PublishedModel("n", "n:7b")), pool="p"))
+    assert refused.value.member == ("" if name is None or param is None else param.partition(".")[2])
     assert (refused.value.name, refused.value.code, refused.value.exit_code) == (name, "llm_name_taken", 1)
     assert said in str(refused.value)
+
+
+async def test_what_was_given_of_a_row_is_sent_and_nothing_else(stage: Stage) -> None:
+    """What is left out is the broker's to decide."""
+    given = {"pool": "p", "queue_s": 1.5, "first_byte_s": 2.0, "idle_s": 3.0, "total_s": 4.0}
+    await stage.publish(models=(PublishedModel("m"), PublishedModel("n")), **given)
+    rows = (await stage.broker.wait_whole("register")).json["llms"]
+    assert [row["name"] for row in rows] == ["m", "n"]
+    assert all({name: row[name] for name in given} == given for row in rows)
+    await stage.publish(session_id="other", models=(PublishedModel("m"),))
+    (row,) = (await stage.broker.wait_whole("register", count=2)).json["llms"]
+    assert not {*given, "group"} & row.keys()
 
 
 async def test_a_name_that_was_lost_meanwhile_is_said_to_be_refused_again(stage: Stage) -> None:

@@ -64,6 +64,12 @@ def test_the_engine_may_be_given_with_or_without_v1(url: str) -> None:
         {"cancel": "stop"},
         {"wake_s": 0},
         {"health_path": "health"},
+        {"pool": "a b"},
+        {"pool": "a", "models": (PublishedModel("a"),)},
+        {"queue_s": 0.0},
+        {"first_byte_s": -1.0},
+        {"idle_s": float("nan")},
+        {"total_s": 0},
     ],
 )
 def test_settings_that_make_no_sense_are_refused_at_once(settings: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -42,6 +43,7 @@ from ..publisher import (
 from . import VERBS
 from .common import (
     ConfigurationError,
+    F,
     SectionedCommand,
     broker_option,
     handle_signals,
@@ -56,6 +58,7 @@ __all__ = ["command", "sentence"]
 
 logger = logging.getLogger("wakecall.publisher")
 
+_TIMES: Final = "Times, instead of the broker's own"
 _SLEEP: Final = "An engine that sleeps"
 _TWO_ON_PURPOSE: Final = "Stop it; to run two on purpose, give each of them a --session of its own."
 _ANOTHER_NAME: Final = "Publish yours under another --name, with --model for the engine's own id of it"
@@ -76,11 +79,25 @@ _A_PROXY: Final = "If a proxy wants a password, it stands in the address: --brok
 _ANOTHER_KEY: Final = (
     "Publish it under another --name, with --model for the engine's own id of it, or with a key for this name."
 )
+_ANOTHER_POOL: Final = "Choose another --pool: one whose name no model has, and no other owner's pool."
+_A_POOL_FOR_THE_KEY: Final = "Choose another --pool, or publish with a key for this one."
 _EVICTED: Final = "An operator of the broker evicted this publisher. Ask there before you start it again."
 _EVICTED_OR_REVOKED: Final = (
     "The broker ended this publisher's session: its API key has been revoked or has expired, or an operator evicted it."
     " Ask there for a new key, put it into WAKECALL_KEY, and start it again."
 )
+
+
+def _budget(phase: str, what: str) -> Callable[[F], F]:
+    """An option that bounds one phase of a request for what is published here."""
+    return option(
+        f"--{phase}-s",
+        envvar=f"WAKECALL_{phase.upper().replace('-', '_')}_S",
+        type=float,
+        metavar="SECONDS",
+        help=f"The most that a request may {what}.",
+        section=_TIMES,
+    )
 
 
 @click.command("publish", cls=SectionedCommand, short_help=VERBS["publish"])
@@ -101,6 +118,13 @@ _EVICTED_OR_REVOKED: Final = (
 )
 @option(
     "--type", "kind", envvar="WAKECALL_TYPE", metavar="TYPE", help="The engine's kind, such as ollama: for listings."
+)
+@option(
+    "--pool",
+    envvar="WAKECALL_POOL",
+    metavar="NAME",
+    help="A second name for all of them, which models of your other publishers may have too: whichever is free takes a"
+    " request for it.",
 )
 @option(
     "--session",
@@ -143,6 +167,10 @@ _EVICTED_OR_REVOKED: Final = (
     help="Ask the engine for this instead of /health, then /v1/models.",
 )
 @log_options
+@_budget("queue", "wait for a free slot")
+@_budget("first-byte", "wait for its first byte, if it streams")
+@_budget("idle", "wait within its answer")
+@_budget("total", "take in all")
 @option(
     "--hibernating", envvar="WAKECALL_HIBERNATING", is_flag=True, help="It sleeps now. Needs --name.", section=_SLEEP
 )
@@ -235,15 +263,21 @@ def _said(error: PublisherError, *, had_key: bool = False) -> str:
     elif isinstance(error, KeyRefused):
         remedy = _key_remedy(error, had_key)
     else:
-        remedy = _REMEDIES.get(error.code, "") if isinstance(error, RegistrationRefused) else ""
+        remedy = _registration_remedy(error) if isinstance(error, RegistrationRefused) else ""
     return f"{text} {remedy}".rstrip()
+
+
+def _registration_remedy(error: RegistrationRefused) -> str:
+    if error.member == "pool" and error.code == "llm_name_taken":
+        return _ANOTHER_POOL
+    return _REMEDIES.get(error.code, "")
 
 
 def _key_remedy(error: KeyRefused, had_key: bool) -> str:
     if not error.code:
         return _A_PROXY
     if error.name is not None:
-        return _ANOTHER_KEY
+        return _A_POOL_FOR_THE_KEY if error.member == "pool" else _ANOTHER_KEY
     # Who has no key and is forbidden has come to an open broker by a foreign name: the broker says so.
     return _A_KEY if had_key or error.code == "invalid_api_key" else ""
 

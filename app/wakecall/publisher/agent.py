@@ -4,7 +4,7 @@
     └─ agent nursery
        ├─ channel loop                      register, open, read frames, back off, again
        │   └─ epoch nursery                 one channel's life: its end cancels every infer of that epoch
-       │       ├─ infer t1, t2, …           each with a supervisor of its own (relay.py)
+       │       ├─ infer t1, t2, …           each with a supervisor of its own (relay.py); says when a cancelled one stopped
        │       └─ wake w1                   waits for the engine to be awake, then answers
        ├─ heartbeats                        go on while the channel is being opened anew
        ├─ the engine's sleep, its wakes     outlive a channel: a machine that boots goes on booting (power.py)
@@ -46,6 +46,7 @@ from .state import State, open_state
 from .wire import (
     BrokerClient,
     BrokerError,
+    BrokerLost,
     BrokerRefused,
     Cancel,
     Frame,
@@ -59,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 # A channel that lived for less is no proof that the broker is well again.
 _GOOD_CHANNEL_S = 1.0
+# How often it is tried to say that a cancelled infer has stopped.
+_CONFIRMATIONS = 2
 
 
 def _ignore(event: PublisherEvent) -> None:
@@ -288,8 +291,11 @@ class _Agent:
                 waiter = _WakeWaiter()
                 self._in_hand[frame.task_id] = waiter
                 epoch.start_soon(self._run_wake, frame, waiter)
-            case Cancel():
+            case Cancel() if frame.task_id in self._in_hand:
                 self._drop(frame.task_id)
+            case Cancel():
+                # It came to its end here before the broker heard of that: there is nothing to stop.
+                epoch.start_soon(self._confirm_cancelled, frame.task_id)
             case Infer() | Wake():
                 logger.warning("the broker sent task %s twice", frame.task_id)
 
@@ -303,6 +309,21 @@ class _Agent:
             await relay.run()
         finally:
             self._forget(relay.frame.task_id, relay)
+        if relay.is_unwanted:
+            await self._confirm_cancelled(relay.frame.task_id)
+
+    async def _confirm_cancelled(self, task_id: str) -> None:
+        """Free the slot that the broker keeps until the engine has stopped; without this it is free after a lease."""
+        for _ in range(_CONFIRMATIONS):
+            try:
+                await self._broker.confirm_cancelled(task_id)
+            except BrokerLost as error:
+                logger.debug("that a cancelled infer has stopped could not be said: %s", error)
+                continue
+            except BrokerRefused as error:
+                # An older broker has no such path, and a newer one may have forgotten the task.
+                logger.debug("that a cancelled infer has stopped was of no use: %s", error)
+            return
 
     async def _run_wake(self, frame: Wake, waiter: _WakeWaiter) -> None:
         try:

@@ -63,6 +63,7 @@ class PublisherConfig:
         engine_url: the engine's address, with or without `/v1`.
         models: what to publish; empty: every model that the engine lists (then the engine must be up).
         type: the engine's kind, free text that the broker shows.
+        pool: a name that all of them answer to beside their own, as may models of other publishers; None: none.
         session_id: the sticky identity; None: one is made up and kept in the state file of this broker and engine.
         max_concurrency: infers at a time for each model; None: no bound.
         hibernating: the engine sleeps when the publisher starts; needs `models`.
@@ -73,6 +74,7 @@ class PublisherConfig:
         upload: `stream`, one streaming POST for each answer, or `chunks` for proxies that buffer uploads.
         cancel: `abort` closes the engine's connection when an infer is cancelled; `drain` reads its answer to the end.
         wake_s: the most that a wake may take.
+        queue_s, first_byte_s, idle_s, total_s: what a request may take of each, at most; None: the broker's own bounds.
         health_path: what to ask the engine for instead of `/health` and then `/v1/models`.
         state_dir: where the state file is kept; None: the user's state directory.
         connect_s: for opening a connection to broker or engine.
@@ -93,6 +95,7 @@ class PublisherConfig:
     engine_url: str
     models: tuple[PublishedModel, ...] = ()
     type: str | None = None
+    pool: str | None = None
     session_id: str | None = None
     max_concurrency: int | None = None
     hibernating: bool = False
@@ -104,6 +107,10 @@ class PublisherConfig:
     upload: Upload = "stream"
     cancel: CancelMode = "abort"
     wake_s: float = 120.0
+    queue_s: float | None = None
+    first_byte_s: float | None = None
+    idle_s: float | None = None
+    total_s: float | None = None
     health_path: str | None = None
     state_dir: Path | None = None
     connect_s: float = 10.0
@@ -127,6 +134,10 @@ class PublisherConfig:
                 raise InvalidConfig(f"{name!r} is no valid name for a model")
         if len(set(names)) != len(names):
             raise InvalidConfig("a name is given twice")
+        if self.pool is not None and not is_llm_name(self.pool):
+            raise InvalidConfig(f"{self.pool!r} is no valid name for a pool")
+        if self.pool in names:
+            raise InvalidConfig("a pool's name is not that of a model")
         if self.session_id is not None and not is_id(self.session_id):
             raise InvalidConfig("a session id is 1 to 128 of A-Z a-z 0-9 _ -")
         if self.broker_key is not None and not is_presentable(self.broker_key):
@@ -147,8 +158,9 @@ class PublisherConfig:
         for setting in ("wake_s", "keepalive_s", "connect_s", "request_s", "backoff_base_s", "backoff_cap_s"):
             if not getattr(self, setting) > 0:
                 raise InvalidConfig(f"{setting} is more than 0")
-        if self.hibernate_after_s is not None and not self.hibernate_after_s > 0:
-            raise InvalidConfig("hibernate_after_s is more than 0")
+        for setting in ("hibernate_after_s", "queue_s", "first_byte_s", "idle_s", "total_s"):
+            if (seconds := getattr(self, setting)) is not None and not seconds > 0:
+                raise InvalidConfig(f"{setting} is more than 0")
 
     @property
     def broker_base(self) -> str:

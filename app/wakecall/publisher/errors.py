@@ -46,14 +46,16 @@ class KeyRefused(PublisherError):
         message: for a person.
         code: the protocol's; empty if the answer was not in its form.
         name: of the model that the key does not open; None if it is not about one.
+        member: of its entry, such as `pool`; empty if it is about no single one.
     """
 
     exit_code = 78
 
-    def __init__(self, message: str, *, code: str = "", name: str | None = None) -> None:
+    def __init__(self, message: str, *, code: str = "", name: str | None = None, member: str = "") -> None:
         super().__init__(message)
         self.code = code
         self.name = name
+        self.member = member
 
 
 class RegistrationRefused(PublisherError):
@@ -63,12 +65,14 @@ class RegistrationRefused(PublisherError):
         message: for a person; it names the model, if it is about one.
         code: the protocol's, such as `too_many`; empty if the answer was not in its form.
         name: of the model that is at fault; None if it is not one.
+        member: of its entry that is, such as `name` or `pool`; empty if it is about no single one.
     """
 
-    def __init__(self, message: str, *, code: str = "", name: str | None = None) -> None:
+    def __init__(self, message: str, *, code: str = "", name: str | None = None, member: str = "") -> None:
         super().__init__(message)
         self.code = code
         self.name = name
+        self.member = member
 
 
 class NameTaken(RegistrationRefused):

@@ -23,6 +23,11 @@ def rows_to_register(config: PublisherConfig, models: Iterable[PublishedModel], 
             max_concurrency=config.max_concurrency,
             wake_s=config.wake_s,
             cancel=config.cancel,
+            pool=config.pool,
+            queue_s=config.queue_s,
+            first_byte_s=config.first_byte_s,
+            idle_s=config.idle_s,
+            total_s=config.total_s,
         )
         for model in models
     ]
@@ -58,20 +63,22 @@ def fatal_error(error: BrokerRefused, rows: Sequence[Row], *, again: bool, had_k
     if again and not error.code:
         # Not the broker's words but those of a proxy, which has no broker behind it while that restarts.
         return None
-    name, what = _row_at_fault(error.param, rows)
+    name, member, what = _row_at_fault(error.param, rows)
     said = f"the broker refuses to register {what}{' again' if again else ''}: {error.message}"
     if (refused := key_refused(error, had_key=had_key)) is not None:
-        return refused if name is None else KeyRefused(said, code=error.code, name=name)
+        return refused if name is None else KeyRefused(said, code=error.code, name=name, member=member)
     if not 400 <= error.status < 500 or error.status in (408, 429):
         return None
     kind = NameTaken if error.status == 409 else RegistrationRefused
-    return kind(said, code=error.code, name=name)
+    return kind(said, code=error.code, name=name, member=member)
 
 
-def _row_at_fault(param: str, rows: Sequence[Row]) -> tuple[str | None, str]:
-    """The name of the row that a `param` such as `llms[0].name` means, and words for what is refused."""
+def _row_at_fault(param: str, rows: Sequence[Row]) -> tuple[str | None, str, str]:
+    """The name of the row that a `param` such as `llms[0].name` means, its member, and words for what is refused."""
     found = _MEMBER_OF_ROW.fullmatch(param)
     if found is None or int(found[1]) >= len(rows):
-        return None, "its models"
-    name, member = rows[int(found[1])].name, found[2]
-    return name, repr(name) if member in (None, "name") else f"{name!r} ({member})"
+        return None, "", "its models"
+    row, member = rows[int(found[1])], found[2] or ""
+    if member == "pool" and row.pool is not None:
+        return row.name, member, f"{row.name!r} in the pool {row.pool!r}"
+    return row.name, member, repr(row.name) if member in ("", "name") else f"{row.name!r} ({member})"

@@ -66,6 +66,8 @@ class Relay:
         frame: what to do.
         served: the names that this publisher has.
         on_key_refused: called when the broker does not know us any more; what that means is not for one infer to say.
+
+    `is_unwanted` once the broker has ended it, by a `cancel` or by its answer to a request about it.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Relay:
     ) -> None:
         self.frame = frame
         self.is_discarded = False
+        self.is_unwanted = False
         self.uploaded = 0
         self._served = served
         self._config = config
@@ -99,7 +102,7 @@ class Relay:
 
     def cancel(self) -> None:
         """The broker waits for it no longer: stop the engine, or let it finish for nobody (`cancel: drain`)."""
-        self._cancelled = True
+        self.is_unwanted = self._cancelled = True
         if self._config.cancel == "drain" and self._asked_engine:
             self.is_discarded = True
         else:
@@ -139,6 +142,7 @@ class Relay:
         except BrokerRefused as error:
             self._message = str(error)
             if error.is_over:
+                self.is_unwanted = True
                 return "cancelled" if self._cancelled else "refused"
             if error.status == 401:
                 self._on_key_refused()
@@ -162,6 +166,7 @@ class Relay:
         try:
             await self._broker.send_failure(self.frame.task_id, self._message)
         except BrokerError as refused:
+            self.is_unwanted = self.is_unwanted or (isinstance(refused, BrokerRefused) and refused.is_over)
             logger.debug("the failure of an infer could not be reported: %s", refused)
 
     async def _relay(self) -> None:
@@ -213,7 +218,7 @@ class Relay:
             else:
                 return
             # `cancel: drain`: the engine finishes, and the answer is thrown away.
-            self.is_discarded = self._cancelled = True
+            self.is_discarded = self.is_unwanted = self._cancelled = True
             async for _ in answer.chunks:
                 pass
 

@@ -64,6 +64,12 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     max_concurrency: int | None = None
     wake_s: float | None = None
     cancel: str | None = None
+    pool: str | None = None
+    group: str | None = None
+    queue_s: float | None = None
+    first_byte_s: float | None = None
+    idle_s: float | None = None
+    total_s: float | None = None
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -268,6 +274,10 @@ class BrokerClient:
             members["status"] = status
         content = msgspec.json.encode(members)
         await self._send("POST", self._task(task_id, "failure"), content=content, content_type="application/json")
+
+    async def confirm_cancelled(self, task_id: str) -> None:
+        """POST that nothing here works any more on a task that the broker has cancelled."""
+        await self._send("POST", self._task(task_id, "cancelled"))
 
     async def _upload(
         self,
