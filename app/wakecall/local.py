@@ -7,7 +7,7 @@ import logging
 import secrets
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -138,11 +138,12 @@ class _LocalPublisher:
         nursery.start_soon(self._supervise, task_id, work)
 
     async def _supervise(self, task_id: str, work: Callable[[str], Awaitable[None]]) -> None:
+        scope, was_over = self._scopes[task_id], False
         try:
-            with self._scopes[task_id]:
+            with scope:
                 await work(task_id)
         except TaskOver:
-            pass  # its caller left while we answered
+            was_over = True  # its caller left while we answered
         except Exception as error:
             if work == self._wake:
                 self._fail(task_id, str(error) or type(error).__name__)
@@ -150,6 +151,10 @@ class _LocalPublisher:
                 self._handler_failed(task_id, error)
         finally:
             del self._scopes[task_id]
+            if scope.cancel_called or was_over:
+                # Its slot is free from here on.
+                with suppress(TaskOver):
+                    self._broker.confirm_cancelled(task_id)
 
     def _handler_failed(self, task_id: str, error: Exception) -> None:
         # Where, and not what: its text may hold the prompt.

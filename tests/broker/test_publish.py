@@ -397,3 +397,27 @@ async def test_it_stands_beside_publishers_of_the_wire(autojump_clock):
         await publisher.answer(await publisher.next("infer"), b"remote")
         await call.over.wait()
         assert (call.body, (await ask(broker))[2]) == (b"remote", b"local")
+
+
+async def test_a_handler_whose_caller_leaves_gives_its_slot_back_when_it_has_ended(autojump_clock):
+    """Not before: it may have to clean up; and not a lease later."""
+    ended = []
+
+    async def handler(request):
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(3)
+            ended.append(trio.current_time())
+
+    async with open_test_broker() as broker, broker.publish("echo", handler, max_concurrency=1):
+        infer = broker.infer_nowait("echo", CALL)
+        await wait_all_tasks_blocked()
+        left = trio.current_time()
+        infer.cancel()
+        assert (view(broker, "echo").in_flight, view(broker, "echo").stopping) == (0, 1)
+        while view(broker, "echo").stopping:
+            await trio.sleep(0.5)
+        assert ended == [left + 3]
+        assert trio.current_time() - left <= 3.5
