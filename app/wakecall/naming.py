@@ -55,9 +55,12 @@ class Naming:
 
     def models(self, may_use: Callable[[str], bool]) -> list[ModelView]:
         """All that a client can name, in the order of the names, as far as `may_use` says that he may."""
-        directory = self._directory
-        names = sorted(filter(may_use, {*directory.rows, *directory.pools, *directory.aliases}))
-        return [self.model(name) for name in names]
+        rows, pools, aliases = self._directory.rows, self._directory.pools, self._directory.aliases
+        # There may be thousands, and nearly all of them are rows.
+        return [
+            _view(rows[name].llm) if name in rows and name not in aliases else self.model(name)
+            for name in sorted(filter(may_use, {*rows, *pools, *aliases}))
+        ]
 
     def model(self, name: str) -> ModelView:
         """What a client can name so. Raises ModelNotFound."""
@@ -70,8 +73,7 @@ class Naming:
             raise ModelNotFound
         llms = [row.llm for row in target.rows]
         if target.only is not None:
-            [llm] = llms
-            return ModelView(name, llm.kind.value, llm.status, llm.type, llm.owner, llm.created_at)
+            return _view(llms[0])
         created_at = min(llm.created_at for llm in llms)
         return ModelView(name, "pool", _nearest(llms), "", target.pool.owner, created_at)
 
@@ -161,6 +163,10 @@ class Naming:
         # Only when all are as they shall be: what one lets go must not be sent to the next.
         for row in changed:
             self._dispatcher.review(row)
+
+
+def _view(llm: LLM) -> ModelView:
+    return ModelView(llm.name, llm.kind.value, llm.status, llm.type, llm.owner, llm.created_at)
 
 
 def _nearest(llms: Iterable[LLM]) -> Status:
