@@ -133,12 +133,15 @@ def bodies() -> list[tuple[bytes, str]]:
     ]
 
 
-async def test_down_every_route(caplog: pytest.LogCaptureFixture, db: Path) -> None:
+@pytest.mark.parametrize("whose", [*ROLES, None])
+async def test_down_every_route(whose: str | None, caplog: pytest.LogCaptureFixture, db: Path) -> None:
     """Each method of each route, with its own key, another role's, and none that is known; each body; and the rest of a
     request that can hold something: query, cookie, headers."""
     async with watched(caplog, db) as watch:
         served, secrets = watch.served, watch.keyed.secrets
         for method, target in routes(served.app):
+            if role_of(target) != whose:
+                continue
             if target.endswith("/frames"):
                 continue  # it does not end; below
             own = secrets.get(role_of(target) or "", STRANGE_KEY)
@@ -149,7 +152,9 @@ async def test_down_every_route(caplog: pytest.LogCaptureFixture, db: Path) -> N
                 f"wakecall-offset: {PROMPT}",
                 f"range: {own}",
             )
-            for number, (body, kind) in enumerate(bodies()):
+            # Where none is read, one is as good as another.
+            tried = bodies() if method in ("PUT", "POST", "PATCH") else bodies()[:2]
+            for number, (body, kind) in enumerate(tried):
                 # A refused key's body is not read: two of those show as much as all.
                 for key in (
                     (f"authorization: Bearer {own}",)
