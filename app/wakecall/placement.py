@@ -135,7 +135,7 @@ def choose(rows: Sequence[RowLoad], line: LineLoad, affinity: bytes | None = Non
        c. among equals the one that this conversation met before, so that its prefix cache is used (rendezvous hashing of
           `affinity`); without one, whoever has waited for an infer the longest.
     3. As many wait as may: FULL.
-    4. By the estimate it would wait for longer than it can: FULL.
+    4. By the estimate it would wait for longer than it can, and nobody is being woken who would shorten that: FULL.
     5. QUEUE. Active before hibernating: `choose_wake` says whether one is woken all the same.
 
     Args:
@@ -160,11 +160,13 @@ def choose(rows: Sequence[RowLoad], line: LineLoad, affinity: bytes | None = Non
     # 3
     if line.room <= 0:
         return Decision(Placement.FULL, wait_s=wait_s)
+    wake = choose_wake(routable, line.before)
     # 4
-    if wait_s is not None and wait_s > line.patience_s:
+    helped = wake is not None or any(row.waking for row in routable)
+    if wait_s is not None and wait_s > line.patience_s and not helped:
         return Decision(Placement.FULL, wait_s=wait_s)
     # 5
-    return Decision(Placement.QUEUE, wake=choose_wake(routable, line.before), wait_s=wait_s)
+    return Decision(Placement.QUEUE, wake=wake, wait_s=wait_s)
 
 
 def _rank(row: RowLoad, affinity: bytes | None) -> tuple[bool, float, float, float, str]:
@@ -217,9 +219,17 @@ def _wake_s(row: RowLoad) -> float:
 
 
 def estimate_wait(rows: Sequence[RowLoad], before: int) -> float | None:
-    """Seconds until one that has `before` others before it is sent, if all goes on as it has; None: nothing is measured."""
-    rate = 0.0
+    """Seconds until one that has `before` others before it is sent, if all goes on as it has; None: nothing is measured.
+
+    One that is unmeasured is taken to be as fast as those that are.
+    """
+    rate, measured, unmeasured = 0.0, 0, 0
     for row in rows:
-        if row.serves and not row.avoided and row.service_s is not None:
+        if not row.serves or row.avoided:
+            continue
+        if row.service_s is None:
+            unmeasured += row.slots
+        else:
+            measured += row.slots
             rate += row.slots / max(row.service_s, 1e-3)
-    return (before + 1) / rate if rate else None
+    return (before + 1) * measured / (rate * (measured + unmeasured)) if rate else None
