@@ -174,7 +174,7 @@ class Access:
         pools = {id(row.pool): row.pool for row in session.rows.values()}
         directory.hand_over_session(session, owner)
         for pool in pools.values():
-            self._dispatcher.strand(pool)
+            self._dispatcher.row_is_gone(pool)
 
     def hand_over_llm_nowait(self, name: str, owner: str) -> None:
         """See `Broker.hand_over_llm`."""
@@ -193,7 +193,7 @@ class Access:
             self._dispatcher.step(row, RowEvent.WITHDRAWN)
             directory.detach_row(row)
             directory.hand_over_row(row, owner)
-            self._dispatcher.strand(pool)
+            self._dispatcher.row_is_gone(pool)
             return
         directory.hand_over_row(row, owner)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from .directory import Row, Target
+from .directory import Pool, Row, Target
 from .errors import (
     ModelOffline,
     PublisherDisconnected,
@@ -14,7 +14,7 @@ from .errors import (
 from .frames import CancelReason
 from .infers import Infers
 from .lifecycle import RowEvent
-from .models import Status
+from .models import Kind, Status
 from .session import Channel
 from .task import Infer, InferState
 
@@ -40,13 +40,26 @@ class Dispatcher(Infers):
             row.yielding = False
             if after is Status.ACTIVE:
                 row.woken_at = trio.current_time()
-            if row.pool.line:
-                if after is Status.INACTIVE:
-                    self.strand(row.pool, lost=event is RowEvent.LOST)
-                self.review_phases(row.pool, row)
+            elif after is Status.INACTIVE:
+                self.row_is_gone(row.pool, lost=event is RowEvent.LOST)
+            self.review_phases(row.pool, row)
         self.pump(row)
         if row.llm.group is not None and row.session is not None and after is not before:
             self.waker.review_group(row.session, row.llm.group)
+
+    def row_is_gone(self, pool: Pool, *, lost: bool = False) -> None:
+        """One of a pool's rows can be had no more: whoever waits goes on with the others, one of which may have to be woken
+        now, or be tried whatever it has failed; or he fails.
+
+        Args:
+            pool: where it was.
+            lost: whether that was for its publisher's end.
+        """
+        if not pool.line:
+            return
+        self.strand(pool, lost=lost)
+        self.review_phases(pool)
+        self.pump_pool(pool)
 
     def lose_tasks(self, channel: Channel, *, shutdown: bool = False) -> int:
         """A channel has ended, or is about to: fail all that was sent on it and may be at work. What never left waits again.
@@ -92,6 +105,8 @@ class Dispatcher(Infers):
             row: which.
             message: for those whose frame was sent.
         """
+        if row.llm.status is not Status.INACTIVE and row.llm.kind is Kind.VIRTUAL:
+            self.step(row, RowEvent.WITHDRAWN)  # or what follows would wake it again, or send more
         for infer in list(row.pool.line):
             if infer.only == row.llm.name and not self.move_on(infer):
                 self.settle(infer, "failed", ModelOffline())
@@ -106,7 +121,7 @@ class Dispatcher(Infers):
 
     def review(self, row: Row) -> None:
         """An operator or its publisher has held a row, or let it go."""
-        self.strand(row.pool)
+        self.row_is_gone(row.pool)
         self.pump(row)
         if row.llm.group is not None and row.session is not None:
             self.waker.review_group(row.session, row.llm.group)
@@ -121,4 +136,4 @@ class Dispatcher(Infers):
                 before.line.discard(infer)
                 infer.pool = row.pool
                 self.placer.add_to_line(infer, Target(row.pool, infer.only), first=False)
-        self.strand(before)
+        self.row_is_gone(before)

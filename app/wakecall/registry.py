@@ -217,7 +217,8 @@ class Registry:
             state = lifecycle.step(lifecycle.ABSENT, _REGISTER[status])
             assert state.status is not None
             llm = LLM(spec.name, record.owner, state.status, created_at=now, last_heartbeat_at=now)
-            directory.add_row(_described(llm, spec, record.session_id), session)
+            added = directory.add_row(_described(llm, spec, record.session_id), session)
+            self._dispatcher.pump(added)  # for those who wait for its pool
             return RegisteredLLM(spec.name, status, "created")
         llm = row.llm
         adopted = llm.session_id != record.session_id
@@ -229,8 +230,13 @@ class Registry:
         kept = llm.remembers if llm.status is Status.INACTIVE else llm.status
         status = spec.status or kept or Status.ACTIVE
         self._dispatcher.move_row(row, spec.pool)
+        group = row.llm.group
         row.llm = _described(row.llm, spec, record.session_id)
+        if spec.group != group:
+            row.yielding = False  # it was for those whom it has left
         self._dispatcher.step(row, _REGISTER[status], bump=True)
+        if group is not None and spec.group != group:
+            self._dispatcher.waker.review_group(session, group)
         return RegisteredLLM(spec.name, row.llm.status, "adopted" if adopted else "reactivated")
 
     # Heartbeats -----------------------------------------------------------------------------------------------------
@@ -246,7 +252,8 @@ class Registry:
         if Status.INACTIVE in statuses.values():
             raise InvalidRequest("A status is active or hibernating.", param="llms")
         directory.change_session(session, last_heartbeat_at=directory.clock.now())
-        for name, row in list(session.rows.items()):
+        # What is awake comes first: or what falls asleep would have it woken for those who wait.
+        for name, row in sorted(session.rows.items(), key=lambda item: statuses.get(item[0]) is not Status.ACTIVE):
             reported = statuses.get(name)
             self._dispatcher.step(row, RowEvent.REVIVE if reported is None else _REPORT[reported], bump=True)
         if session.channel is not None:
@@ -443,7 +450,7 @@ class Registry:
         pool = row.pool
         self._dispatcher.fail_row(row)
         self._directory.remove_row(row)
-        self._dispatcher.strand(pool)
+        self._dispatcher.row_is_gone(pool)
 
 
 def _described(llm: LLM, spec: LLMSpec, session_id: str | None) -> LLM:
