@@ -168,7 +168,7 @@ class Placer:
         """Whether an infer that its publisher refuses has anywhere else to go."""
         return infer.first_byte_at is None and (
             infer.stage + 1 < len(infer.route)
-            or (infer.only is None and infer.pool is not None and len(infer.pool.rows) > len(infer.refused_by) + 1)
+            or (infer.only is None and any(row is not infer.row for row in self.candidates(infer)))
         )
 
     def most_attempts(self, infer: Infer) -> int:

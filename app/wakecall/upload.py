@@ -93,7 +93,7 @@ class Upload:
             await task.stream.wait_room()
             if self._is_over:
                 raise self._intake.over_error(self.task_id)
-        if self.status in _REFUSALS:
+        if self.status in _REFUSALS or task.refusal is not None:
             self._intake.feed_refusal(task, data, self.status, self.content_type)
         else:
             self._intake.feed(task, data, self.status, self.content_type)
@@ -221,6 +221,8 @@ class Intake:
     def complete(self, infer: Infer, status: int, content_type: str | None) -> None:
         """The last byte of its answer is in. If that is 429 or 503, another row may have it, as if nothing had been said."""
         if infer.first_byte_at is None:
+            if infer.refusal is not None:
+                status, content_type = infer.engine_status, infer.content_type  # they count with the first byte
             if status in _REFUSALS and self._dispatcher.placer.can_move(infer) and self._dispatcher.move_refused(infer):
                 return
             refusal, infer.refusal = bytes(infer.refusal or b""), None
@@ -238,7 +240,9 @@ class Intake:
             self.feed(infer, data, status, content_type)
             return
         if infer.first_byte_at is None:
-            kept = infer.refusal = infer.refusal if infer.refusal is not None else bytearray()
+            if infer.refusal is None:
+                infer.refusal, infer.engine_status, infer.content_type = bytearray(), status, content_type
+            kept = infer.refusal
             kept += data
             infer.received += len(data)
             infer.last_byte_at = trio.current_time()
@@ -248,7 +252,7 @@ class Intake:
             if len(kept) <= _MOST_REFUSAL_BYTES:
                 return
             infer.received -= len(kept)
-            data = bytes(kept)
+            data, status, content_type = bytes(kept), infer.engine_status, infer.content_type
         infer.refusal = None
         self.feed(infer, data, status, content_type)
 
