@@ -316,12 +316,12 @@ class Infers:
         """
         row = infer.row
         assert row is not None
-        row.health.note_failure(trio.current_time(), row.pool.sent)
         before, infer.refused_by = infer.refused_by, infer.refused_by | {row.llm.name}
         place, _ = self.placer.find_place(infer, infer.stage)
         if place is None:
             infer.refused_by = before
-            return False
+            return False  # the end that this will be is held against it
+        row.health.note_failure(trio.current_time(), row.pool.sent)
         assert infer.channel is not None
         self._directory.remember(infer.channel.session, infer.task_id, by_publisher=True)
         self._leave_channel(infer)
@@ -331,11 +331,11 @@ class Infers:
             upload._task_is_over()
         infer.received = 0
         infer.pieces = False
-        infer.refusal = None
+        infer.refusal, infer.engine_status, infer.content_type = None, 200, None
         infer.retry_after_s = None
         self._wait_again(infer)
         self._take(infer, place)
-        self.pump(row)
+        self._slot_is_free(row)
         return True
 
     def _requeue(self, infer: Infer) -> None:
@@ -400,10 +400,12 @@ class Infers:
             return
         directory, counters, row, channel = self._directory, self._counters, infer.row, infer.channel
         now = trio.current_time()
+        wanted: list[Row] = []
         # 1
         if infer.state is InferState.WAITING:
             if infer.pool is not None:
                 infer.pool.line.discard(infer)
+                wanted = [row for row in self.placer.candidates(infer) if self.waker.takes_turns(row)]
             counters.waiting -= 1
             if infer.claim is not None:
                 infer.claim.caller.waiting -= 1
@@ -433,12 +435,24 @@ class Infers:
                 channel.send_cancel(infer.task_id, cancel)
             elif cancel is not None:
                 channel.withdraw(infer.task_id)
-            self.pump(row)
-            if row.llm.group is not None and row.session is not None:
-                self.waker.review_group(row.session, row.llm.group)
+            self._slot_is_free(row)
+        for each in wanted:
+            # Nobody may want it any more: whoever was to make way for it goes on.
+            assert each.session is not None
+            assert each.llm.group is not None
+            self.waker.review_group(each.session, each.llm.group)
         if self._quiet is not None and counters.in_flight == counters.waiting == 0:
             self._quiet.set()
             self._quiet = None
+
+    def _slot_is_free(self, row: Row) -> None:
+        """Whatever an infer's end, or its going elsewhere, makes possible."""
+        if row.health.is_avoided(trio.current_time(), row.pool.sent):
+            self.pump_pool(row.pool)  # it may have been the last in good health: then no penalty matters
+        else:
+            self.pump(row)
+        if row.llm.group is not None and row.session is not None:
+            self.waker.review_group(row.session, row.llm.group)
 
     def _judge(self, infer: Infer, row: Row, outcome: Outcome, by_publisher: bool, now: float) -> None:
         """What its end says of the row that had it."""
@@ -450,7 +464,7 @@ class Infers:
                     key = None if infer.claim is None else infer.claim.caller.key_id
                     row.pool.line.charge(key, infer.request.priority, held_s / max(health.service_s, 1e-3) - 1.0)
                 health.note_success(now, held_s)
-            elif infer.engine_status >= 500:
+            elif infer.engine_status >= 500 or infer.engine_status == 429:
                 health.note_failure(now, row.pool.sent)
         elif outcome == "failed" and (by_publisher or infer.first_byte_at is None) and not self._directory.stopping:
             # A deadline within an answer may be its client's doing; before the first byte it is the publisher's.

@@ -59,11 +59,14 @@ class Waker:
         for row in list(pool.rows.values()):
             if pool.line.count(row.llm.name):
                 self.want(row)
-        if pool.waiting:
-            now = trio.current_time()
-            name = choose_wake(
-                [self._dispatcher.placer.load_of(row, now) for row in pool.rows.values()], pool.waiting - 1
-            )
+        if not pool.waiting or not any(row.llm.status is Status.HIBERNATING for row in pool.rows.values()):
+            return
+        now = trio.current_time()
+        loads = [self._dispatcher.placer.load_of(row, now) for row in pool.rows.values()]
+        # Those that were refused, or not woken, can be served by the others alone.
+        kinds = {infer.refused_by for infer in pool.line if infer.only is None}
+        for refused_by in kinds:
+            name = choose_wake([load for load in loads if load.name not in refused_by], pool.waiting - 1)
             if name is not None:
                 self.want(pool.rows[name])
 
@@ -78,6 +81,10 @@ class Waker:
         else:
             row.wanted = True
             self.review_group(row.session, row.llm.group)
+
+    def takes_turns(self, row: Row) -> bool:
+        """Whether a row sleeps and shares a group, so that others may be making way for it."""
+        return row.llm.group is not None and row.session is not None and row.llm.status is Status.HIBERNATING
 
     def review_group(self, session: Session, group: str) -> None:
         """Let the next row of a group have its turn, if it is time.
@@ -192,7 +199,6 @@ class Waker:
         name = row.llm.name
         waiters = [infer for infer in row.pool.line if infer.phase == "wake" and infer.only in (None, name)]
         if outcome == "succeeded":
-            row.wake = None
             self._counters.wakes_succeeded += 1
             row.health.note_wake(now - wake.started_at)
         else:
@@ -206,12 +212,12 @@ class Waker:
             channel.send_cancel(wake.task_id, cancel)
         elif cancel is not None:
             channel.withdraw(wake.task_id)
-        if outcome == "succeeded":
-            self._dispatcher.step(row, RowEvent.WOKEN, bump=True)
-            # Only now: with nobody awake, whoever waits for one of these would have it woken at once.
-            self._put_to_sleep(wake)
-            return
+        # While this is still its wake, for nobody else's turn has come.
         self._put_to_sleep(wake)
+        if outcome == "succeeded":
+            row.wake = None
+            self._dispatcher.step(row, RowEvent.WOKEN, bump=True)
+            return
         assert error is not None
         for infer in waiters:
             # Whoever may go elsewhere does; this row he has tried.
