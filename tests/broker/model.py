@@ -561,7 +561,9 @@ class Model:
             stop.answered |= stop.infer.key == key
 
     def _start_wake(self, row: Row, channel: Channel) -> None:
-        wake = Task(self._key("w"), row, channel, turn=self._next_turn(), due=self.now + (row.wake_s or TIMES["wake_s"]))
+        wake = Task(
+            self._key("w"), row, channel, turn=self._next_turn(), due=self.now + (row.wake_s or TIMES["wake_s"])
+        )
         self.tasks[wake.key] = row.wake = wake
         self.counted["wakes"] += 1
         channel.send("wake", row.name, wake.key)
@@ -786,14 +788,10 @@ class Model:
                 found.append((due, task.key, lambda model, key=task.key: model._time_out(key)))
             else:
                 found.append((task.due, task.key, lambda model, key=task.key: model._time_out(key)))
-        for stop in self.stops():
-            found.append((stop.until, stop.infer.key, lambda model, key=stop.infer.key: model._expire(key)))
+        found += [(s.until, s.infer.key, lambda model, key=s.infer.key: model._expire(key)) for s in self.stops()]
         # Whether a transport has taken what is sent in this instant, when something else is due in it, is open.
-        for channel in self.channels.values():
-            if any(task.channel is channel and not task.taken for task in self.sent()):
-                found.append(
-                    (self.now, channel.key, lambda model, key=channel.key: model._take(model.channels[key]))
-                )
+        full = {task.channel.key for task in self.sent() if not task.taken}
+        found += [(self.now, key, lambda model, key=key: model._take(model.channels[key])) for key in sorted(full)]
         found.append((self.next_sweep, "sweep", Model._sweep_by_clock))
         if self.stopping and not self.stopped:
             found.append((self.now if self._is_quiet() else self.stop_at, "stop", Model._stop))
