@@ -301,7 +301,8 @@ class Infers:
 
         for row in pool.rows.values():
             if row.health.is_avoided(now, pool.sent):
-                at = max(row.health.avoided_until, now + _PROBE_S)
+                until = row.health.avoided_until
+                at = until if now < until else now + _PROBE_S
                 if pool.probe is None:
                     pool.probe = Deadline(look)
                 if at < pool.probe.due:

@@ -306,7 +306,7 @@ async def test_nobody_is_served_twice(autojump_clock, monkeypatch):
         async with trio.open_nursery() as calls:
             for client in clients:
                 calls.start_soon(client.run, broker)
-                await trio.sleep(dice.expovariate(11.0))
+                await trio.sleep(dice.expovariate(9.0))
         watch.counted = check_invariants(broker)
         nursery.cancel_scope.cancel()
 
@@ -325,7 +325,7 @@ async def test_nobody_is_served_twice(autojump_clock, monkeypatch):
         assert (str(client.number) in watch.ended) is (outcome != "queue_full")
         written = given[-1].written if given else b""
         assert client.read == written if outcome.startswith("completed") else written.startswith(client.read), client
-        if client.name == POOL:
+        if client.name == POOL and not given:
             assert outcome not in {"model_offline", "wake_failed"}, "there were others"
     assert watch.counted.accepted == len(watch.ended)
     assert watch.counted.completed == sum(outcomes[each] for each in outcomes if each.startswith("completed")), told
