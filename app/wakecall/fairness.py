@@ -88,23 +88,24 @@ class _Flow(Generic[T]):
 
 
 class _Class(Generic[T]):
-    """One class. `ring`: its flows, the one with the turn first. `lanes`: all of its infers, as they came. `last`: the flow
-    that was served last."""
+    """One class. `ring`: its flows, the one with the turn first. `lanes`: all of its infers, as they came. `last`: the key
+    that was served last, if any was."""
 
     __slots__ = ("lanes", "last", "ring", "size")
 
     def __init__(self) -> None:
         self.ring: OrderedDict[str | None, _Flow[T]] = OrderedDict()
         self.lanes: dict[Lane | str, OrderedDict[T, int]] = {}
-        self.last: _Flow[T] | None = None
+        self.last: tuple[str | None, ...] = ()
         self.size = 0
 
     def add(self, item: T, entry: _Entry, first: bool) -> None:
         flow = self.ring.get(entry.key)
         if flow is None:
             flow = self.ring[entry.key] = _Flow(entry.key)
-            if self.last is not None and self.last.key in self.ring:
-                self.ring.move_to_end(self.last.key)
+            for last in self.last:
+                if last in self.ring:
+                    self.ring.move_to_end(last)
         for lanes in (self.lanes, flow.lanes):
             lane = lanes.setdefault(entry.lane, OrderedDict())
             lane[item] = entry.number
@@ -165,7 +166,7 @@ class _Class(Generic[T]):
             flow.deficit += 1.0
             self.ring.move_to_end(flow.key)
         flow, item = chosen
-        self.last = flow
+        self.last = (flow.key,)
         if flow.deficit >= 1.0:
             flow.deficit -= 1.0
         else:
@@ -178,7 +179,7 @@ class _Class(Generic[T]):
         own = self.ring.get(key)
         # A flow's floor of deficit is the rounds that it still only pays, or what it gives beyond one in its next turn.
         full_rounds = 0 if own is None else max(rank - math.floor(own.deficit), 0)
-        behind = self.ring.get(self.last.key) if own is None and self.last is not None else None
+        behind = self.ring.get(*self.last) if own is None and self.last else None
         total = rank
         turns = full_rounds + 1
         for flow in self.ring.values():
@@ -260,6 +261,13 @@ class FairLine(Generic[T]):
         item = chosen.take_turn(row, accepts, only_named)
         chosen.remove(item, self._entries.pop(item))
         return item
+
+    def note_unwaited(self, key: str | None, priority: Priority) -> None:
+        """One of this key went without waiting: that was its turn."""
+        each = self._class(priority)
+        each.last = (key,)
+        if key in each.ring:
+            each.ring.move_to_end(key)
 
     def charge(self, key: str | None, priority: Priority, amount: float) -> None:
         """Correct what a key was charged for an infer of its, which counted as one mean service when it was popped.

@@ -118,6 +118,8 @@ class Infers:
         infer.stage = place.stage
         infer.pool, infer.only = place.target
         if place.decision.row is not None:
+            key = None if infer.claim is None else infer.claim.caller.key_id
+            infer.pool.line.note_unwaited(key, infer.request.priority)
             self._send(infer, infer.pool.rows[place.decision.row])
             return
         infer.deadline = Deadline(partial(self._on_waiting_due, infer))

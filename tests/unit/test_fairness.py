@@ -174,6 +174,19 @@ def test_a_thousand_waiting_delay_another_key_by_one_pop_at_the_most():
         assert line.pop("red", nobody).startswith("many")
 
 
+def test_one_that_went_without_waiting_has_had_its_turn():
+    """A thousand come at once, the first of them finds a slot: the next slot is the other key's, who comes after them."""
+    line = FairLine()
+    line.note_unwaited("many", "interactive")
+    for number in range(3):
+        line.add(f"many{number}", key="many", lane=Lane.ANY, priority="interactive")
+    line.add("one", key="one", lane=Lane.ANY, priority="interactive")
+    assert line.pop("red", nobody) == "one"
+    line.add("other", key="other", lane=Lane.ANY, priority="interactive")
+    line.note_unwaited("many", "interactive")
+    assert drain(line) == ["other", "many0", "many1", "many2"]
+
+
 def test_a_key_that_comes_and_goes_is_served_no_more_often_than_one_that_stays():
     """It goes before whoever was served last, and that is itself."""
     line = line_of({"stays": 100})
@@ -377,6 +390,12 @@ class FairLineMachine(RuleBasedStateMachine):
             entry = (next(self.numbers), key, lane, priority)
             self.line.add(entry[0], key=key, lane=lane, priority=priority)
             self.lists.add(entry, first=False)
+
+    @rule(key=st.sampled_from(KEYS), priority=st.sampled_from(["interactive", "batch"]))
+    def send_without_waiting(self, key, priority):
+        self.line.note_unwaited(key, priority)
+        self.lists.last[priority] = key
+        self.lists.ring[priority].sort(key=lambda flow: flow[0] == key)
 
     @precondition(lambda self: self.popped)
     @rule(data=st.data())
