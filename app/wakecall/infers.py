@@ -125,7 +125,6 @@ class Infers:
         infer.deadline = Deadline(partial(self._on_waiting_due, infer))
         self.placer.add_to_line(infer, place.target, first=False)
         self.enter_phase(infer)
-        self._probe_avoided(infer.pool, trio.current_time())
         if place.decision.wake is not None:
             self.waker.want(infer.pool.rows[place.decision.wake])
         for row in self.placer.candidates(infer):
