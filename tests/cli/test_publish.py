@@ -13,7 +13,7 @@ import trio
 
 from tests.cli.processes import call, run_wakecall
 from tests.cli.stage import open_stage
-from wakecall import LLMSpec
+from wakecall import BrokerConfig, LLMSpec
 from wakecall.cli.publish import sentence
 from wakecall.publisher import PublisherEvent, RegisteredModel, events
 
@@ -51,7 +51,7 @@ async def test_every_option_reaches_the_row(tmp_path: Path) -> None:
         await publish.err.wait("channel open")
         row = stage.broker.llm("mine")
         assert (row.model, row.type, row.session_id) == ("wakecall-demo", "toy", "my-session")
-        assert row.pool == "gpus"
+        assert (row.pool, row.queue_s, row.first_byte_s, row.idle_s, row.total_s) == ("gpus", 11, 12, 13, 14)
         assert (row.max_concurrency, row.cancel, row.wake_s, row.status) == (3, "drain", 7.0, "hibernating")
         # The engine is awake already: a wake asks its health, and needs no command.
         assert (await stage.chat("mine")).status_code == 200
@@ -74,6 +74,32 @@ async def test_variables_do_as_well_as_options(tmp_path: Path) -> None:
         assert by_event["channel_open"]["epoch"] == 1
         assert by_event["infer_finished"]["outcome"] == "completed"
         assert "drained" in by_event
+
+
+async def test_models_take_turns_on_one_engine(tmp_path: Path) -> None:
+    """Three of a group, each with its own id at the engine: calls swap them, and the commands know which is meant."""
+    done = tmp_path / "done"
+    options = ["--group", "gpu", "--wake-command", f'echo "wake $WAKECALL_LLM $WAKECALL_MODEL" >> {done}']
+    options += ["--hibernate-command", f'echo "sleep $WAKECALL_LLM" >> {done}']
+    variables = {"WAKECALL_NAME": "a b c", "WAKECALL_MODEL": "wakecall-demo\nmy model\nwakecall-demo"}
+    config = BrokerConfig(residence_s=0.01)
+    async with open_stage(config=config) as stage:
+        async with run_wakecall(*stage.args, *options, state=tmp_path, **variables) as publish:
+            await publish.err.wait("channel open")
+            assert stage.statuses() == {"a": "active", "b": "hibernating", "c": "hibernating"}
+            for name in ("c", "a", "b"):
+                assert (await stage.chat(name)).status_code in (200, 404)
+                await publish.err.wait(f"{name} is awake")
+            assert stage.broker.llm("b").model == "my model"
+            assert stage.statuses() == {"a": "hibernating", "b": "active", "c": "hibernating"}
+    assert done.read_text().splitlines() == [
+        "sleep a",
+        "wake c wakecall-demo",
+        "sleep c",
+        "wake a wakecall-demo",
+        "sleep a",
+        "wake b my model",
+    ]
 
 
 async def test_a_second_signal_drops_everything(tmp_path: Path) -> None:
@@ -205,6 +231,9 @@ def test_an_engine_that_is_not_there_is_said(tmp_path: Path) -> None:
     [
         ([], 2, "--engine"),
         (["--engine", "http://e", "--hibernating"], 2, "--hibernating needs --name"),
+        (["--engine", "http://e", "--name", "a", "--name", "b", "--model", "x"], 2, "as often as --name"),
+        (["--engine", "http://e", "--name", "a", "--group", "one two"], 78, "group"),
+        (["--engine", "http://e", "--name", "a", "--name", "a"], 78, "given twice"),
         (["--engine", "http://e", "--upload", "pigeon"], 2, "--upload"),
         (["--engine", "http://e", "--wake-s", "long"], 2, "--wake-s"),
         (["--engine", "localhost:11434"], 78, "engine's address"),
@@ -239,7 +268,7 @@ def test_every_event_has_a_sentence(kind: type[PublisherEvent]) -> None:
     """Whatever a publisher tells, its command line has words for it."""
     fields: dict[str, Any] = {}
     for name, annotation in kind.__annotations__.items():
-        by_type = {"int": 1, "float": 0.5, "bool": True, "str": name, "int | None": 200}
+        by_type = {"int": 1, "float": 0.5, "bool": True, "str": name, "int | None": 200, "str | None": "n"}
         fields[name] = _VALUES[name] if name in _VALUES else by_type[annotation]
     said = sentence(kind(**fields))
     assert said

@@ -55,8 +55,9 @@ class Channel:
             frame["body"] = body
         await self.send("infer", **frame)
 
-    async def wake(self, task_id: str, deadline_s: float = 30) -> None:
-        await self.send("wake", task_id=task_id, llm="m", model="m", deadline_s=deadline_s)
+    async def wake(self, task_id: str, deadline_s: float = 30, **data: Any) -> None:
+        frame = {"task_id": task_id, "llm": "m", "model": "m", "deadline_s": deadline_s, **data}
+        await self.send("wake", **frame)
 
     async def bye(self, reason: str) -> None:
         await self.send("bye", reason=reason)

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any, Final
 
 import click
@@ -58,6 +59,7 @@ __all__ = ["command", "sentence"]
 
 logger = logging.getLogger("wakecall.publisher")
 
+_ENGINE: Final = "the engine"
 _TIMES: Final = "Times, instead of the broker's own"
 _SLEEP: Final = "An engine that sleeps"
 _TWO_ON_PURPOSE: Final = "Stop it; to run two on purpose, give each of them a --session of its own."
@@ -88,6 +90,12 @@ _EVICTED_OR_REVOKED: Final = (
 )
 
 
+class _EngineId(click.types.StringParamType):
+    """Text in which spaces may stand: in a variable, several are told apart by their lines."""
+
+    envvar_list_splitter = "\n"
+
+
 def _budget(phase: str, what: str) -> Callable[[F], F]:
     """An option that bounds one phase of a request for what is published here."""
     return option(
@@ -111,10 +119,24 @@ def _budget(phase: str, what: str) -> Callable[[F], F]:
     help="The engine's address, with or without /v1; Ollama's is http://127.0.0.1:11434.",
 )
 @option(
-    "--name", envvar="WAKECALL_NAME", help="Publish one model under this name; without it, all that the engine has."
+    "--name",
+    "names",
+    envvar="WAKECALL_NAME",
+    multiple=True,
+    show_default=False,
+    help="Publish one model under this name; without it, all that the engine has. May be given more than once; in the"
+    " variable, with spaces between.",
 )
 @option(
-    "--model", envvar="WAKECALL_MODEL", metavar="ENGINE_ID", help="The engine's own id of that model, if not the name."
+    "--model",
+    "ids",
+    envvar="WAKECALL_MODEL",
+    multiple=True,
+    type=_EngineId(),
+    show_default=False,
+    metavar="ENGINE_ID",
+    help="The engine's own id of that model, if not the name. Beside several names as often as these, in their order; in"
+    " the variable, a line each.",
 )
 @option(
     "--type", "kind", envvar="WAKECALL_TYPE", metavar="TYPE", help="The engine's kind, such as ollama: for listings."
@@ -172,7 +194,19 @@ def _budget(phase: str, what: str) -> Callable[[F], F]:
 @_budget("idle", "wait within its answer")
 @_budget("total", "take in all")
 @option(
-    "--hibernating", envvar="WAKECALL_HIBERNATING", is_flag=True, help="It sleeps now. Needs --name.", section=_SLEEP
+    "--hibernating",
+    envvar="WAKECALL_HIBERNATING",
+    is_flag=True,
+    help="It sleeps now. Needs --name, or --group.",
+    section=_SLEEP,
+)
+@option(
+    "--group",
+    envvar="WAKECALL_GROUP",
+    metavar="NAME",
+    help="There is room for one of the models at a time: to wake one, the other is put to sleep first. The first is awake"
+    " now.",
+    section=_SLEEP,
 )
 @option(
     "--wake-command", envvar="WAKECALL_WAKE_COMMAND", metavar="CMD", help="What starts it; run with sh.", section=_SLEEP
@@ -183,7 +217,7 @@ def _budget(phase: str, what: str) -> Callable[[F], F]:
     type=float,
     default=120,
     metavar="SECONDS",
-    help="The most that waking it may take.",
+    help="The most that waking it may take; in a group, what goes to sleep for it included.",
     section=_SLEEP,
 )
 @option(
@@ -205,12 +239,13 @@ def command(
     broker: str,
     key: str | None,
     engine: str,
-    name: str | None,
-    model: str | None,
+    names: tuple[str, ...],
+    ids: tuple[str, ...],
     kind: str | None,
     session: str | None,
     hibernate_after: float | None,
     hibernating: bool,
+    group: str | None,
     log_level: str,
     log_format: str,
     **settings: Any,
@@ -220,10 +255,14 @@ def command(
     Runs until it is stopped, and only ever dials out: it needs no open port. SIGINT and SIGTERM end it: what is under way
     is finished, and the broker told goodbye. A second one drops everything at once.
     """
-    if hibernating and not (name or model):
+    if hibernating and not (names or ids or group):
         raise click.UsageError("An engine that sleeps cannot be asked for its models: --hibernating needs --name.")
+    if names and ids and len(names) != len(ids):
+        raise click.UsageError("--model is given as often as --name, in the same order, or not at all.")
     try:
-        models = (PublishedModel(name or name_for(model or ""), model),) if name or model else ()
+        models = tuple(
+            PublishedModel(name or name_for(engine_id or ""), engine_id) for name, engine_id in zip_longest(names, ids)
+        )
         config = PublisherConfig(
             broker_url=broker,
             broker_key=key,
@@ -232,6 +271,7 @@ def command(
             type=kind,
             session_id=session,
             hibernating=hibernating,
+            group=group,
             hibernate_after_s=hibernate_after,
             **settings,
         )
@@ -328,18 +368,18 @@ def sentence(event: PublisherEvent) -> str:
             took = f"in {event.seconds:.2f} s, {event.uploaded} bytes"
             return f"request {event.task_id} for {event.llm} {event.outcome} {took}{status}{why}"
         case Waking():
-            return "waking the engine"
+            return f"waking {event.llm or _ENGINE}"
         case Awake():
             how = "" if event.ran_command else " already: the command was not needed"
-            return f"the engine is awake{how} ({event.seconds:.2f} s)"
+            return f"{event.llm or _ENGINE} is awake{how} ({event.seconds:.2f} s)"
         case WakeFailed():
-            return f"the engine could not be woken: {event.message}"
+            return f"{event.llm or _ENGINE} could not be woken: {event.message}"
         case GoingToSleep():
-            return "idle for long enough: putting the engine to sleep"
+            return f"idle for long enough: putting {event.llm or _ENGINE} to sleep"
         case Asleep():
-            return "the engine sleeps"
+            return f"{event.llm or _ENGINE} sleeps"
         case SleepFailed():
-            return f"the engine does not sleep: {event.message}"
+            return f"{event.llm or _ENGINE} does not sleep: {event.message}"
         case Draining():
             return f"stopping: {event.in_flight} requests under way"
         case Drained():

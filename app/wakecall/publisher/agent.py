@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import trio
 
 from .backoff import Backoff
 from .channel import Channel
+from .commands import Commands
 from .config import PublisherConfig
 from .engine import Engine, discover_models, open_engine
 from .errors import PublisherError
@@ -43,6 +44,7 @@ from .registration import fatal_error, key_refused, rows_to_register
 from .relay import Relay
 from .sse import EventTooLarge
 from .state import State, open_state
+from .swap import Sleep, SwapGroup
 from .wire import (
     BrokerClient,
     BrokerError,
@@ -141,10 +143,10 @@ class _Agent:
     async def run(self, stop: trio.Event) -> StopReason:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            self._power = Power(
+            kind = Power if self._config.group is None else SwapGroup
+            self._power: Sleep = kind(
                 self._config,
-                self._engine,
-                self._state.command_log,
+                Commands(self._config, self._engine, self._state.command_log),
                 emit=self._emit,
                 nursery=nursery,
                 announce=self._announce_sleep,
@@ -185,7 +187,7 @@ class _Agent:
         async with self._broker.in_order:
             if self._registered != known or self._draining:
                 return
-            rows = rows_to_register(self._config, self._models, self._power.register_status())
+            rows = rows_to_register(self._config, self._models, self._power.register_status)
             try:
                 answer = await self._broker.register(rows, self._version)
             except BrokerRefused as error:
@@ -218,7 +220,7 @@ class _Agent:
                 self._finish(error)
                 return
         self._served = frozenset(model.name for model in self._models)
-        await self._power.probe()
+        await self._power.begin(self._models)
         if self._config.hibernate_after_s is not None:
             self._nursery.start_soon(self._power.run_idle)
         await self._register_until_done()
@@ -330,7 +332,7 @@ class _Agent:
             with waiter.scope:
                 failure: str | None = None
                 try:
-                    await self._power.ensure_awake(frame.deadline_s)
+                    await self._power.wake(frame.llm, frame.deadline_s, frame.hibernate)
                 except WakeError as error:
                     failure = str(error)
                 async with self._broker.in_order:
@@ -338,6 +340,9 @@ class _Agent:
                         await self._broker.send_result(frame.task_id, b"")
                     else:
                         await self._broker.send_failure(frame.task_id, failure)
+            if self._config.group is not None:
+                # Of the others a result says nothing, and a failed swap may have put one to sleep.
+                self._heartbeat_at_once()
         except BrokerError as error:
             # The wake itself stands: a heartbeat names what the engine is.
             self._heartbeat_at_once()
@@ -385,18 +390,17 @@ class _Agent:
     async def _heartbeat(self) -> None:
         async with self._broker.in_order:
             # Looked up when it is our turn: a wake's result may have gone out while we waited.
-            status = None if self._draining else self._power.heartbeat_status()
-            statuses = dict.fromkeys(self._served, status) if status is not None else {}
+            statuses = {} if self._draining else self._power.heartbeat_statuses()
             answer = await self._broker.heartbeat(
                 statuses, [task_id for task_id, task in self._in_hand.items() if not _is_discarded(task)]
             )
         for task_id in answer.drop:
             self._drop(task_id)
 
-    async def _announce_sleep(self) -> None:
+    async def _announce_sleep(self, llms: Iterable[str]) -> None:
         try:
             async with self._broker.in_order:
-                await self._broker.heartbeat(dict.fromkeys(self._served, "hibernating"), list(self._in_hand))
+                await self._broker.heartbeat(dict.fromkeys(llms, "hibernating"), list(self._in_hand))
         except BrokerError as error:
             raise AnnounceFailed(f"the broker did not acknowledge it: {error}") from error
 

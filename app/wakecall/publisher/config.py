@@ -64,10 +64,12 @@ class PublisherConfig:
         models: what to publish; empty: every model that the engine lists (then the engine must be up).
         type: the engine's kind, free text that the broker shows.
         pool: a name that all of them answer to beside their own, as may models of other publishers; None: none.
+        group: a name for this engine's room, which has space for one of its models at a time (swap.py); None: for all.
         session_id: the sticky identity; None: one is made up and kept in the state file of this broker and engine.
         max_concurrency: infers at a time for each model; None: no bound.
-        hibernating: the engine sleeps when the publisher starts; needs `models`.
-        wake_command, hibernate_command: run with `sh -c` to start and to stop the engine.
+        hibernating: the engine sleeps when the publisher starts; needs `models`, unless they are a group.
+        wake_command, hibernate_command: run with `sh -c` to start and to stop the engine, or the model in WAKECALL_LLM (and
+            WAKECALL_MODEL, the engine's own id of it) where they are a group.
         hibernate_after_s: go to sleep after so long without an infer; None: never.
         engine_key_env: the environment variable that holds the engine's key; None: it wants none.
         broker_key: the broker's API key, if it has some; see `keys.header_for`.
@@ -96,6 +98,7 @@ class PublisherConfig:
     models: tuple[PublishedModel, ...] = ()
     type: str | None = None
     pool: str | None = None
+    group: str | None = None
     session_id: str | None = None
     max_concurrency: int | None = None
     hibernating: bool = False
@@ -145,9 +148,11 @@ class PublisherConfig:
             raise InvalidConfig("an API key is of printable ASCII, without spaces")
         if self.max_concurrency is not None and not 1 <= self.max_concurrency <= 100_000:
             raise InvalidConfig("max_concurrency is 1 to 100,000")
-        if self.hibernating and not self.models:
+        if self.group is not None and not is_llm_name(self.group):
+            raise InvalidConfig(f"{self.group!r} is no valid name for a group")
+        if self.hibernating and not self.models and self.group is None:
             raise InvalidConfig("an engine that sleeps cannot be asked for its models: give their names")
-        if self.hibernate_command is not None and self.hibernate_after_s is None:
+        if self.hibernate_command is not None and self.hibernate_after_s is None and self.group is None:
             raise InvalidConfig("the hibernate command never runs without hibernate_after_s")
         if self.upload not in ("stream", "chunks"):
             raise InvalidConfig("upload is stream or chunks")

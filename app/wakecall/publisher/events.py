@@ -81,7 +81,9 @@ class InferFinished:
 
 @dataclass(frozen=True, slots=True)
 class Waking:
-    """A wake has begun."""
+    """A wake has begun. `llm`, here and in the next five: of which model, where each has a sleep of its own."""
+
+    llm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class Awake:
 
     seconds: float
     ran_command: bool
+    llm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +100,21 @@ class WakeFailed:
     """The wake failed, with the message that its waiters get."""
 
     message: str
+    llm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GoingToSleep:
     """Idle for long enough: hibernation is being announced."""
 
+    llm: str | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class Asleep:
     """The hibernate command is done."""
+
+    llm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +122,7 @@ class SleepFailed:
     """Going to sleep came to nothing."""
 
     message: str
+    llm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Whether the engine is awake: one belief for the whole engine, and the two ways to change it.
 
 All models of a publisher live in one engine and share its commands, so that they sleep and wake together; a wake is
-joined by whoever needs one, be it a wake frame of any of them or an infer that reached a sleeping engine.
+joined by whoever needs one, be it a wake frame of any of them or an infer that reached a sleeping engine. (Models that take
+turns on one engine have a belief each: swap.py.)
 
     AWAKE ── idle for long enough ──> GOING ── 200, nothing in flight ──> ASLEEP (the hibernate command may still run)
       ^                                 │                                    │
@@ -15,14 +16,14 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import trio
 
 from ..faults import stacks_of
-from .config import AnnouncedStatus, PublisherConfig
-from .engine import Engine
+from .commands import Commands
+from .config import AnnouncedStatus, PublishedModel, PublisherConfig
 from .events import (
     Asleep,
     Awake,
@@ -32,7 +33,7 @@ from .events import (
     WakeFailed,
     Waking,
 )
-from .process import CommandFailed, cut_log, last_line, open_command
+from .process import CommandFailed
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,14 @@ class WakeError(Exception):
 
 class AnnounceFailed(Exception):
     """The broker did not acknowledge that the engine goes to sleep."""
+
+
+@dataclass(eq=False, slots=True)
+class Visit:
+    """An infer at this publisher, from its frame to its end; inside: it works with a model that is awake."""
+
+    llm: str
+    is_inside: bool = False
 
 
 class _State(enum.Enum):
@@ -62,12 +71,11 @@ class Power:
     """The engine's sleep, as this publisher believes and governs it.
 
     Args:
-        config: commands and times.
-        engine: asked for its health.
-        log: the commands' error output.
+        config: what may sleep, and when.
+        commands: start and stop it.
         emit: takes events.
         nursery: in which wakes run.
-        announce: tells the broker `hibernating` and returns after its 200.
+        announce: tells the broker that these rows hibernate, and returns after its 200.
 
     `on_change` is called when the status to announce has changed without the broker knowing.
     """
@@ -75,22 +83,21 @@ class Power:
     def __init__(
         self,
         config: PublisherConfig,
-        engine: Engine,
-        log: Path,
+        commands: Commands,
         *,
         emit: Callable[[PublisherEvent], None],
         nursery: trio.Nursery,
-        announce: Callable[[], Awaitable[None]],
+        announce: Callable[[Iterable[str]], Awaitable[None]],
         on_change: Callable[[], None],
     ) -> None:
         self._config = config
-        self._engine = engine
-        self._log = log
+        self._commands = commands
         self._emit = emit
         self._nursery = nursery
         self._announce = announce
         self._on_change = on_change
         # The entire mutable state.
+        self._models: Sequence[PublishedModel] = ()
         self._state = _State.ASLEEP if config.hibernating else _State.AWAKE
         self._in_flight = 0
         self._last_activity = trio.current_time()
@@ -110,51 +117,61 @@ class Power:
 
     @property
     def can_wake(self) -> bool:
-        return self._config.wake_command is not None
+        return self._commands.can_wake
 
-    def register_status(self) -> AnnouncedStatus:
-        """What a register says of the rows."""
+    def register_status(self, llm: str) -> AnnouncedStatus:
+        """What a register says of a row: the same of all."""
         return "active" if self._state is _State.AWAKE else "hibernating"
 
-    def heartbeat_status(self) -> AnnouncedStatus | None:
-        """What a heartbeat says of the rows; None where it had better say nothing.
+    def heartbeat_statuses(self) -> dict[str, AnnouncedStatus]:
+        """What a heartbeat says of which rows; of none where it had better say nothing.
 
         During a wake, `active` would count as its success before the engine answers. While going to sleep, the
         announcement is a heartbeat of its own. An engine whose sleep is not ours is whatever its rows were.
         """
         if not self._config.manages_sleep or self._wake is not None or self._state is _State.GOING:
-            return None
-        return "active" if self._state is _State.AWAKE else "hibernating"
+            return {}
+        return {model.name: self.register_status(model.name) for model in self._models}
 
-    async def probe(self) -> None:
-        """At the start: an engine that can be woken and does not answer is asleep, whatever nobody said."""
-        if self._state is _State.AWAKE and self.can_wake and not await self._engine.is_healthy():
+    async def begin(self, models: Sequence[PublishedModel]) -> None:
+        """Learn the models. An engine that can be woken and does not answer is asleep, whatever nobody said."""
+        self._models = models
+        if self._state is _State.AWAKE and self.can_wake and not await self._commands.is_healthy():
             self._state = _State.ASLEEP
 
-    def infer_arrived(self) -> None:
+    def infer_arrived(self, llm: str) -> Visit:
         self._in_flight += 1
         self._notify()
+        return Visit(llm)
 
-    def infer_left(self) -> None:
+    def infer_left(self, visit: Visit) -> None:
         assert self._in_flight > 0
         self._in_flight -= 1
         self._notify()
 
-    def found_asleep(self) -> None:
-        """The engine refused a connection: believe that, unless a wake is under way to prove otherwise."""
+    async def admit(self, visit: Visit) -> None:
+        """Return when the infer's model is awake, to the best of our belief. Raises WakeError: it cannot be woken."""
+        if not self.is_awake:
+            await self.wake(visit.llm, self._config.wake_s)
+
+    async def recover(self, visit: Visit) -> None:
+        """The engine refused the infer a connection: as `admit`, but it is awake only if that proves true now."""
         if self._state is _State.AWAKE and self._wake is None:
             self._state = _State.ASLEEP
             self._notify()
+        await self.wake(visit.llm, self._config.wake_s)
 
     async def wait_until_idle(self) -> None:
         """Return when no infer is in flight."""
         while self._in_flight:
             await self._changed.wait()
 
-    async def ensure_awake(self, deadline_s: float) -> None:
+    async def wake(self, llm: str, deadline_s: float, hibernate: Iterable[str] = ()) -> None:
         """Wake the engine, or join the wake that is under way; a cancelled waiter leaves it running.
 
         Args:
+            llm: for which model; all are woken.
+            hibernate: which are to sleep first; here they share one sleep, and none are.
             deadline_s: seconds that this waiter grants it; the latest of all waiters counts.
 
         Raises:
@@ -180,10 +197,10 @@ class Power:
             with run.scope:
                 if self._command_over is not None:
                     await self._command_over.wait()
-                ran_command = await self._bring_up()
+                ran_command = await self._commands.bring_up(self._the_one)
                 run.error = None
             if run.scope.cancelled_caught:
-                run.error = self._overdue(run.scope.deadline - started)
+                run.error = self._commands.overdue(run.scope.deadline - started)
         except CommandFailed as error:
             run.error = str(error)
         except Exception as error:
@@ -199,24 +216,6 @@ class Power:
             self._on_change()
         else:
             self._emit(WakeFailed(run.error))
-
-    async def _bring_up(self) -> bool:
-        if await self._engine.is_healthy():
-            return False
-        if self._config.wake_command is None:
-            raise CommandFailed("the engine does not answer, and its publisher has no command to wake it")
-        command = self._config.wake_command
-        async with open_command(command, self._log, grace_s=self._config.terminate_grace_s) as group:
-            # A server that is starting tells nobody when it is done: it has to be asked.
-            while not await self._engine.is_healthy():
-                group.is_alive()
-                await trio.sleep(self._config.health_interval_s)
-        return True
-
-    def _overdue(self, seconds: float) -> str:
-        said = last_line(self._log) if self.can_wake else None
-        message = f"the engine did not answer within {seconds:.0f} s"
-        return f"{message}: {said}" if said else message
 
     async def run_idle(self) -> None:
         """Put the engine to sleep whenever it has been idle for `hibernate_after_s`; until cancelled."""
@@ -237,7 +236,7 @@ class Power:
         failure: str | None = None
         with trio.CancelScope() as self._going:
             try:
-                await self._announce()
+                await self._announce([model.name for model in self._models])
                 # Whatever was sent before the broker knew is still served.
                 await self.wait_until_idle()
             except AnnounceFailed as error:
@@ -254,8 +253,8 @@ class Power:
         self._state = _State.ASLEEP
         self._command_over = trio.Event()
         try:
-            failure = await self._run_hibernate_command()
-            if failure is not None and await self._engine.is_healthy():
+            failure = await self._commands.put_down(self._the_one)
+            if failure is not None and await self._commands.is_healthy():
                 self._state = _State.AWAKE
         finally:
             self._command_over.set()
@@ -264,22 +263,13 @@ class Power:
         self._emit(Asleep() if failure is None else SleepFailed(failure))
         self._on_change()
 
-    async def _run_hibernate_command(self) -> str | None:
-        command = self._config.hibernate_command
-        if command is None:
-            return None
-        try:
-            with trio.move_on_after(self._config.hibernate_s) as limit:
-                async with open_command(command, self._log, grace_s=self._config.terminate_grace_s):
-                    return None
-        except CommandFailed as error:
-            return str(error)
-        assert limit.cancelled_caught
-        return f"the hibernate command did not end within {self._config.hibernate_s:.0f} s"
-
     def trim_log(self) -> None:
         """Keep the commands' error output small: a daemon may write to it for months."""
-        cut_log(self._log)
+        self._commands.trim_log()
+
+    @property
+    def _the_one(self) -> PublishedModel | None:
+        return self._models[0] if len(self._models) == 1 else None
 
     def _notify(self) -> None:
         self._last_activity = trio.current_time()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -69,7 +69,9 @@ class ProcessGroup:
 
 
 @asynccontextmanager
-async def open_command(command: str, log: Path, *, grace_s: float) -> AsyncIterator[ProcessGroup]:
+async def open_command(
+    command: str, log: Path, *, grace_s: float, variables: Mapping[str, str] | None = None
+) -> AsyncIterator[ProcessGroup]:
     """Run a command with `sh -c`; the block begins when it has exited with 0.
 
     Leaving the block by an error or a cancellation ends the whole group; leaving it normally leaves a daemon alone.
@@ -78,6 +80,7 @@ async def open_command(command: str, log: Path, *, grace_s: float) -> AsyncItera
         command: for the shell.
         log: the file that gets its error output; a daemon of an earlier run may still be writing to it.
         grace_s: seconds between SIGTERM and SIGKILL.
+        variables: for its environment, beside our own.
 
     Raises:
         CommandFailed: it cannot be started, or exits with another code.
@@ -95,10 +98,16 @@ async def open_command(command: str, log: Path, *, grace_s: float) -> AsyncItera
             stderr=descriptor,
             start_new_session=True,
             # An engine has no use for our key, and what a command says last is what callers are told.
-            env={name: value for name, value in os.environ.items() if name != _KEY_VARIABLE},
+            env={
+                **{name: value for name, value in os.environ.items() if name != _KEY_VARIABLE},
+                **(variables or {}),
+            },
         )
     except OSError as error:
         raise CommandFailed(f"the command cannot be run: {error.strerror}") from error
+    except ValueError as error:
+        # An engine may call its model what no variable can hold.
+        raise CommandFailed(f"the command cannot be run: {error}") from error
     finally:
         os.close(descriptor)
     group = ProcessGroup(process)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from .config import AnnouncedStatus, PublishedModel, PublisherConfig
 from .errors import KeyRefused, NameTaken, PublisherError, RegistrationRefused
@@ -12,18 +12,21 @@ from .wire import BrokerRefused, Row
 _MEMBER_OF_ROW = re.compile(r"llms\[([0-9]{1,6})\](?:\.(\w+))?")
 
 
-def rows_to_register(config: PublisherConfig, models: Iterable[PublishedModel], status: AnnouncedStatus) -> list[Row]:
-    """The rows of a register; all of them have the status of their one engine."""
+def rows_to_register(
+    config: PublisherConfig, models: Iterable[PublishedModel], status_of: Callable[[str], AnnouncedStatus]
+) -> list[Row]:
+    """The rows of a register."""
     return [
         Row(
             name=model.name,
             type=config.type,
             model=model.engine_id if model.engine_id != model.name else None,
-            status=status,
+            status=status_of(model.name),
             max_concurrency=config.max_concurrency,
             wake_s=config.wake_s,
             cancel=config.cancel,
             pool=config.pool,
+            group=config.group,
             queue_s=config.queue_s,
             first_byte_s=config.first_byte_s,
             idle_s=config.idle_s,

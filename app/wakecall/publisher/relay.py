@@ -14,7 +14,8 @@ from .config import PublisherConfig
 from .engine import Engine, EngineAnswer, EngineFailed, EngineRefused
 from .events import InferFinished, InferOutcome, InferStarted, PublisherEvent
 from .pieces import send_in_pieces
-from .power import Power, WakeError
+from .power import WakeError
+from .swap import Sleep
 from .wire import BrokerClient, BrokerError, BrokerLost, BrokerRefused, Infer
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Relay:
         config: PublisherConfig,
         broker: BrokerClient,
         engine: Engine,
-        power: Power,
+        power: Sleep,
         emit: Callable[[PublisherEvent], None],
         on_key_refused: Callable[[], None],
     ) -> None:
@@ -112,7 +113,7 @@ class Relay:
         """Relay. Raises nothing but a cancellation from outside, when the channel has ended."""
         started = trio.current_time()
         self._emit(InferStarted(self.frame.task_id, self.frame.llm))
-        self._power.infer_arrived()
+        self._visit = self._power.infer_arrived(self.frame.llm)
         self._scope.deadline = started + self.frame.deadline_s + _DEADLINE_SLACK_S
         outcome: InferOutcome = "lost"
         try:
@@ -121,7 +122,7 @@ class Relay:
             if self._scope.cancelled_caught:
                 outcome = "cancelled" if self._cancelled else "deadline"
         finally:
-            self._power.infer_left()
+            self._power.infer_left(self._visit)
             self._emit(
                 InferFinished(
                     task_id=self.frame.task_id,
@@ -176,16 +177,14 @@ class Relay:
         if frame.method != "POST" or _RELAYABLE.fullmatch(frame.path) is None:
             raise EngineFailed("this publisher relays only POST requests to paths below /v1/")
         body, headers = await self._prepare()
-        if not self._power.is_awake:
-            await self._power.ensure_awake(self._config.wake_s)
+        await self._power.admit(self._visit)
         try:
             await self._ask(body, headers)
         except EngineRefused:
             if not self._power.can_wake:
                 raise
             # Nothing was sent to the engine, so that asking once more cannot generate twice.
-            self._power.found_asleep()
-            await self._power.ensure_awake(self._config.wake_s)
+            await self._power.recover(self._visit)
             await self._ask(body, headers)
 
     async def _prepare(self) -> tuple[bytes, dict[str, str]]:

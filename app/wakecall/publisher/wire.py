@@ -107,6 +107,7 @@ class Wake(msgspec.Struct, frozen=True):
     task_id: str
     llm: str
     deadline_s: float
+    hibernate: list[str] = []
 
 
 class Cancel(msgspec.Struct, frozen=True):
