@@ -38,13 +38,14 @@ async def start_stream(send: Any) -> None:
 
 
 class Pouring:
-    """An app that sends without end and tells how it ended."""
+    """An app that sends without end, to a peer that may call, and tells how it ended."""
 
     def __init__(self) -> None:
         self.sent_bytes = 0
         self.disconnected = trio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["extensions"]["wakecall.connection"].vouch()
         await start_stream(send)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._pour, send)

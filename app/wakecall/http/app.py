@@ -133,6 +133,7 @@ class _App(QuartTrio):
                 if not host and request.http_version == "1.0":
                     host = None  # old probes send none, and Quart makes that an empty one
                 (refuse_foreign if self.loopback_only else refuse_other_origins)(host, origins)
+                current_exchange_of(request.scope).vouch()  # type: ignore[arg-type]  # whoever calls may do everything
             if self.cors is not None:
                 # Before anything asks for a key: a browser sends none along with this question.
                 allowed = self.cors.preflight(request.method, path, request.scope["headers"])

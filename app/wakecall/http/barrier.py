@@ -10,16 +10,14 @@ takes the place of its `TCPServer` (a private name, hence the exact pin):
 * writes are shielded, as the app's cancellation must not tear a chunk in two, but end with the peer's progress;
 * an end while the peer still sends is a half-close and a short drain: a reset would overtake our answer.
 
-The set of live connections is the `Barrier`, one per server, at `config.wakecall`.
+The set of live connections is the `Barrier` (`room`), one per server, at `config.wakecall`.
 """
 
 from __future__ import annotations
 
 import enum
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -31,11 +29,11 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
-from ..errors import RequestTimeout, Unavailable, WakecallError
+from ..errors import RequestTimeout
 from ..faults import place_of
-from .cors import Cors
 from .protocol import AppTasks, Http11
 from .refusal import error_body, error_headers, pick_request_id
+from .room import Barrier, BarrierSettings, TooManyConnections, barrier_of
 from .tls import Certificates
 from .transport import PeerStream
 
@@ -45,122 +43,11 @@ logger = logging.getLogger("wakecall.server")
 
 _MAX_RECEIVE_BYTES = 64 * 1024
 _MAX_PIPELINED_BYTES = 64 * 1024
-# One in so many connections is for publishers, operators and probes alone.
-_SHARE_OF_OTHERS = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BarrierSettings:
-    """What one connection may do.
-
-    Args:
-        peer_stall_s: seconds in which a peer that is written to must take a byte.
-        keep_alive_s: seconds that a connection may be idle between requests.
-        head_s: seconds from a head's first byte to its last; over TLS also for the handshake.
-        close_drain_s: seconds, and
-        close_drain_bytes: bytes, that are read and dropped after an answer that came before its request's end.
-        max_header_bytes: a request's head, in all.
-        max_headers: header lines of a request.
-        max_connections: connections at a time; None for no bound but the descriptors'. Beyond it, who has been idle for
-            the longest makes room; if nobody is idle, the newcomer is told that there is none.
-        max_turned_away: how many may be told so at one time; the rest of a flood is reset.
-        grace_s: seconds that requests may go on once the server is told to stop.
-    """
-
-    peer_stall_s: float = 60.0
-    keep_alive_s: float = 75.0
-    head_s: float = 60.0
-    close_drain_s: float = 1.0
-    close_drain_bytes: int = 1 << 20
-    max_header_bytes: int = 64 * 1024
-    max_headers: int = 100
-    max_connections: int | None = None
-    max_turned_away: int = 64
-    grace_s: float = 2.0
-
-
-class Barrier:
-    """What the connections of one server share: their settings, the set of them, and whether they are to end.
-
-    Args:
-        settings: the defaults when left out.
-        certificates: to speak TLS with; None: cleartext.
-        cors: what browsers are told with a refusal; None: nothing.
-    """
-
-    def __init__(
-        self,
-        settings: BarrierSettings | None = None,
-        certificates: Certificates | None = None,
-        cors: Cors | None = None,
-    ) -> None:
-        self.settings = settings or BarrierSettings()
-        self.certificates = certificates
-        self.cors = cors
-        self.connections: set[Connection] = set()
-        # Those without a request under way, the longest so first: they have their last answer, or ask nothing.
-        self.leaving: OrderedDict[Connection, None] = OrderedDict()
-        self.idle: OrderedDict[Connection, None] = OrderedDict()
-        self.turned_away = 0
-        self.closing = False
-
-    def make_room(self) -> bool:
-        """Whether one more connection may come. If there are too many, one that asks nothing ends, the longest so first."""
-        bound = self.settings.max_connections
-        if bound is None or len(self.connections) < bound:
-            return True
-        for dispensable in (self.leaving, self.idle):
-            if dispensable:
-                connection, _ = dispensable.popitem(last=False)
-                connection.make_way()
-                return True
-        return False
-
-    def objection_to(self, path: str) -> WakecallError | None:
-        """Why a request for this path is not served now, or None.
-
-        The last eighth of the connections is not for clients: they wait for answers, and publishers, who bring those on
-        connections of their own, must not find that the waiting have taken all the room.
-        """
-        bound = self.settings.max_connections
-        if bound is None or not path.startswith("/v1/"):
-            return None
-        busy = len(self.connections) - len(self.idle) - len(self.leaving)
-        return TooManyConnections() if busy > bound - bound // _SHARE_OF_OTHERS else None
-
-    def start_closing(self) -> None:
-        """End idle connections now, and every other one with the answer that it is busy with."""
-        self.closing = True
-        for connection in list(self.connections):
-            connection.end_if_idle()
-
-    def abort_all(self) -> None:
-        """Reset every live connection at once: stuck writes and reads end."""
-        for connection in list(self.connections):
-            connection.abort()
-
-
-class TooManyConnections(Unavailable):
-    """The server has as many connections as it may have."""
-
-    code = "too_many_connections"
-    default_message = "This server has as many connections as it takes."
-    default_retry_after_s = 1.0
 
 
 def install_barrier() -> None:
     """Make Hypercorn's Trio worker use `Connection`. Doing it twice does nothing more."""
     setattr(hypercorn.trio.run, "TCPServer", Connection)  # noqa: B010 - not an exported name, and that is the point
-
-
-def barrier_of(config: Config) -> Barrier:
-    """The barrier of the server that runs with this config; one with the defaults if it has none yet."""
-    barrier = getattr(config, "wakecall", None)
-    if barrier is None:
-        barrier = Barrier()
-        config.wakecall = barrier  # type: ignore[attr-defined]
-    assert isinstance(barrier, Barrier)
-    return barrier
 
 
 class _Waits(enum.Enum):
@@ -184,6 +71,7 @@ class Connection(TCPServer):
         self._waits = _Waits.FOR_A_REQUEST
         self._pause: trio.CancelScope | None = None
         self._is_greeted = False
+        self._is_known = False
         self._makes_way = False
         self._dropped_bytes = 0
 
@@ -212,6 +100,10 @@ class Connection(TCPServer):
     def on_progress(self, callback: Callable[[], None] | None) -> None:
         """Have `callback` called whenever the peer takes something of a write that waits for it; None: nothing any more."""
         self._peer.on_progress = callback
+
+    def vouch(self) -> None:
+        """The peer has shown that he may call: he is no stranger, and his connection is not taken from him for others."""
+        self._is_known = True
 
     def end_if_idle(self) -> None:
         """End the connection if no request is under way."""
@@ -258,13 +150,22 @@ class Connection(TCPServer):
         if self._is_over:
             await trio.lowlevel.checkpoint()
             return
+        patience_s = inf
+        if not self._is_known:
+            patience_s = self._settings.stranger_s
+            self._barrier.unread[self] = None
         try:
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + patience_s) as writing:
                 async with self.send_lock:
                     await self.stream.send_all(data)
+            if writing.cancelled_caught:
+                self._peer.abort()
+                raise trio.BrokenResourceError("a stranger did not take his answer")
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             if not self._is_over:
                 await self._http.handle(Closed())
+        finally:
+            self._barrier.unread.pop(self, None)
         # An app that does nothing but send can be cancelled only here; after the write, lest one is left out.
         await trio.lowlevel.checkpoint_if_cancelled()
 
@@ -311,6 +212,7 @@ class Connection(TCPServer):
             self._barrier.connections.discard(self)
             self._barrier.idle.pop(self, None)
             self._barrier.leaving.pop(self, None)
+            self._barrier.unread.pop(self, None)
             if self._makes_way:
                 self._barrier.turned_away -= 1
             self._peer.socket.close()
@@ -424,6 +326,7 @@ class Connection(TCPServer):
         elif what is not _Waits.FOR_A_HEAD:
             self._barrier.idle.pop(self, None)
             if what is not _Waits.FOR_THE_APP:
+                self._barrier.unread.pop(self, None)
                 self._barrier.leaving[self] = None
 
     def _linger(self) -> None:

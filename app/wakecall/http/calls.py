@@ -56,7 +56,9 @@ def begin(broker: Broker, role: Role) -> Call:
     """
     current: Request = request._get_current_object()  # type: ignore[attr-defined]  # the proxy costs at each access
     scope: Any = current.scope
-    return Call(current, current_exchange_of(scope), authenticate(broker, current, role))
+    exchange, caller = current_exchange_of(scope), authenticate(broker, current, role)
+    exchange.vouch()
+    return Call(current, exchange, caller)
 
 
 def one_header(call: Call, name: str) -> str | None:

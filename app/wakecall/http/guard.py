@@ -69,6 +69,7 @@ class _Connection(Protocol):
 
     @property
     def request_id(self) -> bytes: ...
+    def vouch(self) -> None: ...
     def cut(self) -> None: ...
     def abort(self) -> None: ...
     def on_progress(self, callback: Callable[[], None] | None) -> None: ...
@@ -179,6 +180,11 @@ class Exchange:
     def is_over(self) -> bool:
         """Whether nothing more of the answer goes out: its last message did, or it was cut."""
         return self._finished
+
+    def vouch(self) -> None:
+        """The peer may call here: from now on his connection is not one of the strangers' (`room`)."""
+        if self._connection is not None:
+            self._connection.vouch()
 
     async def read_body(self, max_bytes: int) -> bytes:
         """The whole body. It counts against the budget until `release_body` or the end of the exchange.

@@ -25,7 +25,7 @@ from ..errors import (
     RequestTooLarge,
     WakecallError,
 )
-from .barrier import TooManyConnections
+from .room import TooManyConnections
 from .routes import HELD_BODY, IN_PATHS, Content, Declared, Media, Route
 
 __all__ = ["document_of"]
