@@ -16,8 +16,9 @@ from ..models import Role
 from .auth import authenticate
 from .guard import Exchange, current_exchange_of
 from .parsing import decode
+from .turns import Turns
 
-__all__ = ["Call", "begin", "look_into", "one_header", "read_json", "refuse_encoded"]
+__all__ = ["Call", "begin", "look_into", "one_header", "read_json", "refuse_encoded", "turns_of_the_loop"]
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ T = TypeVar("T")
 _INLINE_BYTES: Final = 256 * 1024
 
 #: One at a time: more would only take the interpreter from the loop, and from each other.
-_threads: Final = trio.lowlevel.RunVar[trio.CapacityLimiter]("wakecall: threads for large bodies")
+_turns: Final = trio.lowlevel.RunVar[Turns]("wakecall: turns of large bodies")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +77,23 @@ def refuse_encoded(call: Call) -> None:
         raise UnsupportedEncoding
 
 
-async def look_into(body: bytes, look: Callable[[bytes], T]) -> T:
+def turns_of_the_loop() -> Turns:
+    """Those in which large bodies are looked into."""
+    try:
+        return _turns.get()
+    except LookupError:
+        turns = Turns()
+        _turns.set(turns)
+        return turns
+
+
+async def look_into(call: Call, body: bytes, look: Callable[[bytes], T]) -> T:
     """`look(body)`; of a large body in a thread, for it may be seconds' work, and every stream goes through this loop.
 
+    One at a time has the thread, the keys by turns: who sends many large bodies delays no other key by more than one.
+
     Args:
+        call: whose body it is.
         body: whole.
         look: reads it, and touches nothing else.
 
@@ -88,12 +102,8 @@ async def look_into(body: bytes, look: Callable[[bytes], T]) -> T:
     """
     if len(body) <= _INLINE_BYTES:
         return look(body)
-    try:
-        limiter = _threads.get()
-    except LookupError:
-        limiter = trio.CapacityLimiter(1)
-        _threads.set(limiter)
-    return await trio.to_thread.run_sync(look, body, limiter=limiter)
+    async with turns_of_the_loop().turn(call.caller.key_id):
+        return await trio.to_thread.run_sync(look, body)
 
 
 async def read_json(call: Call, type: type[T], max_bytes: int) -> T:
@@ -101,6 +111,6 @@ async def read_json(call: Call, type: type[T], max_bytes: int) -> T:
     refuse_encoded(call)
     body = await call.exchange.read_body(max_bytes)
     try:
-        return await look_into(body, lambda body: decode(body, type))
+        return await look_into(call, body, lambda body: decode(body, type))
     finally:
         call.exchange.release_body()

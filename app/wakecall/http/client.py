@@ -136,7 +136,7 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
             headers = call.request.headers
             content_type = _short(headers.get("content-type"), "Content-Type") or "application/json"
             whose = (call.caller.key_id or "").encode()
-            asked = await look_into(body, lambda body: sniff(body, content_type, whose))
+            asked = await look_into(call, body, lambda body: sniff(body, content_type, whose))
             check_again(broker, call.caller)
             infer = broker.infer_nowait(
                 asked.model,
