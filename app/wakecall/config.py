@@ -57,7 +57,7 @@ class BrokerConfig:
     usage_retention_s: float = _seconds(400 * 86400.0, "usage is kept for so long")
 
     max_body_bytes: int = _count(32 * _MIB, "the largest body of a client or publisher, results excepted", "bytes")
-    max_held_bytes: int = _count(1024 * _MIB, "all bodies held at once", "bytes")
+    max_held_bytes: int = _count(1024 * _MIB, "all bodies held at once, at most half of it for one key", "bytes")
     max_inline_body_bytes: int = _count(64 * _KIB, "a larger body is fetched by the publisher", "bytes")
     max_plain_bytes: int = _count(_MIB, "an answer of a JSON or text type is held until whole up to here", "bytes")
     max_event_tail_bytes: int = _count(64 * _KIB, "how much of an unfinished event is held back", "bytes")

@@ -12,9 +12,10 @@ import pytest
 import trio
 import trio.testing
 
-from tests.http.served import JSON, Frame, Reading, Served, WirePublisher, as_bytes, head, wait_until
+from tests.http.served import JSON, Frame, Reading, Served, WirePublisher, as_bytes, head, open_served, wait_until
 from tests.http.wire import Answer
 from wakecall.broker import Broker
+from wakecall.config import BrokerConfig
 from wakecall.keyring import Keyring
 from wakecall.keys import ROLES
 
@@ -562,3 +563,24 @@ async def test_the_first_key_closes_an_open_broker_for_whoever_is_there(served: 
         assert (await reading.read_head()).status == 503
         assert (await publisher.answer(frame, {})).status == 401
         assert (await served.ask("POST", "/publisher/v1/sessions/laptop/heartbeat", body=b"{}")).status == 401
+
+
+# What they hold ------------------------------------------------------------------------------------------------------
+
+
+async def test_one_keys_bodies_leave_room_for_anothers() -> None:
+    """Half of what is held at all is the most for one: he hears 429 beyond, while another's body is taken."""
+    kib = 1024
+    async with open_served(BrokerConfig(max_held_bytes=64 * kib)) as served:
+        one, other = [f"x-api-key: {(await served.broker.create_key('client')).secret}" for _ in range(2)]
+        begun = head("POST", "/v1/chat/completions", one, f"content-length: {30 * kib}") + bytes(20 * kib)
+        body = as_bytes({"model": "nobody", "pad": "x" * 20 * kib})
+        async with served.server.connect() as wire:
+            await wire.send(begun)
+            await wait_until(lambda: served.app.asgi_app.budget.held_bytes == 20 * kib)
+            refused = await served.ask("POST", "/v1/chat/completions", one, body=body)
+            assert (refused.status, refused.code) == (429, "queue_full")
+            assert (await served.ask("POST", "/v1/chat/completions", other, body=body)).code == "model_not_found"
+            await wire.send(bytes(10 * kib))
+            assert (await wire.read_answer("POST")).status == 400
+        assert (await served.ask("POST", "/v1/chat/completions", one, body=body)).code == "model_not_found"

@@ -197,6 +197,22 @@ def test_the_last_eighth_of_the_budget_is_not_for_clients() -> None:
         budget.take(1)
 
 
+def test_one_key_holds_half_of_the_budget() -> None:
+    """What another holds, or nobody's, is not his; what he gives back he has again."""
+    budget = BodyBudget(80)
+    budget.take(40, "one")
+    for count in (1, 80):
+        with pytest.raises(QueueFull):
+            budget.take(count, "one")
+    budget.take(30, "two")
+    budget.give_back(10, "one")
+    budget.take(10, "one")
+    for key, count in (("one", 40), ("two", 30)):
+        budget.give_back(count, key)
+    assert (budget.held_bytes, budget._held_by) == (0, {})
+    budget.take(80)
+
+
 async def test_a_body_that_stalls_is_given_up(app: App, mock_clock: trio.testing.MockClock) -> None:
     """After `body_stall_s` without a byte; each byte starts the time anew."""
     mock_clock.rate = 1

@@ -58,7 +58,7 @@ def begin(broker: Broker, role: Role) -> Call:
     current: Request = request._get_current_object()  # type: ignore[attr-defined]  # the proxy costs at each access
     scope: Any = current.scope
     exchange, caller = current_exchange_of(scope), authenticate(broker, current, role)
-    exchange.vouch()
+    exchange.vouch(caller.key_id)
     return Call(current, exchange, caller)
 
 

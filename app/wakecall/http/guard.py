@@ -148,6 +148,7 @@ class Exchange:
         self._arrival: trio.Event | None = None
         self._room: trio.Event | None = None
         self._held_bytes = 0
+        self._key_id: str | None = None
 
         self._gone = False
         self._callbacks: list[Callable[[], None]] = []
@@ -181,8 +182,13 @@ class Exchange:
         """Whether nothing more of the answer goes out: its last message did, or it was cut."""
         return self._finished
 
-    def vouch(self) -> None:
-        """The peer may call here: from now on his connection is not one of the strangers' (`room`)."""
+    def vouch(self, key_id: str | None = None) -> None:
+        """The peer may call here: from now on his connection is not one of the strangers' (`room`).
+
+        Args:
+            key_id: on which key's account his body is held; None: he needs none.
+        """
+        self._key_id = key_id
         if self._connection is not None:
             self._connection.vouch()
 
@@ -194,7 +200,7 @@ class Exchange:
 
         Raises:
             RequestTooLarge: more was declared, or arrived.
-            QueueFull: the budget of all requests is used up.
+            QueueFull: the budget of all requests is used up, or his key's share of it.
             RequestTimeout: not a byte arrived for `body_stall_s`, or not all of it in `body_s`.
             ClientGone: the peer left before the body was complete.
         """
@@ -209,7 +215,7 @@ class Exchange:
             while (piece := await self._next_piece(self._settings.body_stall_s, due)) is not None:
                 if self._held_bytes + len(piece) > max_bytes:
                     raise RequestTooLarge(f"The body is larger than {max_bytes} bytes.")
-                self._budget.take(len(piece), for_client=self._path.startswith("/v1/"))
+                self._budget.take(len(piece), self._key_id, for_client=self._path.startswith("/v1/"))
                 self._held_bytes += len(piece)
                 body += piece
         except Exception:
@@ -221,7 +227,7 @@ class Exchange:
 
     def release_body(self) -> None:
         """Give back what `read_body` took from the budget: nobody holds the body any more."""
-        self._budget.give_back(self._held_bytes)
+        self._budget.give_back(self._held_bytes, self._key_id)
         self._held_bytes = 0
 
     def stream_body(self) -> BodyStream:
