@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Final, Literal, cast
 
 import msgspec
@@ -28,6 +29,7 @@ from .answers import Answer, StreamBody, json_answer
 from .auth import check_again
 from .calls import Call, look_into, refuse_encoded
 from .errors import rate_headers
+from .listing import list_answer
 from .relay import PASSED_TYPES, pass_on
 from .routes import HELD_BODY, Header, Media, Name, Routes
 from .sniff import FLAG_PATTERN, MAX_FIELD_BYTES, sniff
@@ -113,6 +115,7 @@ class ModelList(msgspec.Struct, frozen=True):
     object: Literal["list"] = "list"
 
 
+_TOO_OFTEN: Final = RateLimitExceeded(retry_after_s=1.0)
 _REQUEST: Final = Media(
     "JSON, whatever its Content-Type says, or a multipart form. `model` and `stream` stand once, at the top.",
     {"application/json": RelayedRequest, "multipart/form-data": RelayedForm},
@@ -191,15 +194,24 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
             ),
         )(relay)
 
-    @routes.add("GET", "/v1/models", role="client", answer=ModelList)
+    @routes.add("GET", "/v1/models", role="client", answer=ModelList, errors=(_TOO_OFTEN,))
     async def list_models(call: Call) -> Answer:
         """List all models, sleeping and offline ones too."""
-        return json_answer(ModelList([_describe(model) for model in broker.models(call.caller)]))
+        may_use = call.caller.may_use
+        with _claim(broker, call) as claim:
 
-    @routes.add("GET", "/v1/models/<path:name>", role="client", answer=Model, errors=(ModelNotFound,))
+            def hold() -> Callable[[], None]:
+                claim.take_over()
+                return claim.release
+
+            # All of them, and what is not for him left out on the way: to hold names against patterns may take a while.
+            return list_answer(broker.models(), lambda model: _describe(model) if may_use(model.name) else None, hold)
+
+    @routes.add("GET", "/v1/models/<path:name>", role="client", answer=Model, errors=(ModelNotFound, _TOO_OFTEN))
     async def get_model(call: Call, name: str) -> Answer:
         """Show one model."""
-        return json_answer(_describe(broker.model(name, call.caller)))
+        with _claim(broker, call):
+            return json_answer(_describe(broker.model(name, call.caller)))
 
 
 def _claim(broker: Broker, call: Call) -> Claim:
