@@ -8,6 +8,7 @@ is still open is closed, which frees whatever is stuck in a write.
 from __future__ import annotations
 
 import logging
+import math
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ class ServeConfig:
         port: 0 to 65535; 0: a free one.
         keep_alive_s: seconds that a connection may be idle between requests.
         head_s: seconds from the first byte of a request's head to its last, and for a TLS handshake.
-        max_connections: connections at a time; None: as many as there are descriptors for.
+        body_s: seconds for all of a request's body, a publisher's upload of an answer excepted.
+        max_connections: connections at a time; None: as many as there are descriptors for. Never more than those.
         open: listen without keys on addresses that others can reach, and answer to any `Host`.
         certfile: path of a certificate in PEM form, with those between it and the root behind it; None: no TLS.
         keyfile: path of the certificate's key in PEM form, without a password.
@@ -65,12 +67,14 @@ class ServeConfig:
     Raises:
         BadCertificate: a certificate without its key, or a key without its certificate.
         InvalidOrigin: what is in `cors` is none.
+        ValueError: a time or a bound that is not finite and positive, or a bound that is not whole.
     """
 
     host: str = "127.0.0.1"
     port: int = 8080
     keep_alive_s: float = 75.0
     head_s: float = 60.0
+    body_s: float = 900.0
     max_connections: int | None = None
     open: bool = False
     certfile: str | None = None
@@ -82,6 +86,12 @@ class ServeConfig:
             given, missing = ("certfile", "keyfile") if self.keyfile is None else ("keyfile", "certfile")
             raise BadCertificate(f"TLS needs a certificate and its key: {given} is given, and {missing} is not")
         Cors.of(self.cors)
+        for name in ("keep_alive_s", "head_s", "body_s"):
+            if not 0 < (seconds := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {seconds!r}")
+        bound = self.max_connections
+        if bound is not None and not (type(bound) is int and bound > 0):
+            raise ValueError(f"max_connections must be a positive whole number, not {bound!r}")
 
 
 @dataclass(slots=True)
@@ -167,11 +177,12 @@ async def serve(
     if config.open:
         _warn_of_open(broker, config.host)
     capacity = measure_capacity()
+    most = [bound for bound in (capacity.connections, config.max_connections) if bound is not None]
     settings = BarrierSettings(
         peer_stall_s=stall_s,
         keep_alive_s=config.keep_alive_s,
         head_s=config.head_s,
-        max_connections=capacity.connections if config.max_connections is None else config.max_connections,
+        max_connections=min(most, default=None),
         max_turned_away=capacity.turned_away,
         grace_s=_LAST_WRITES_S,
     )
@@ -188,7 +199,7 @@ async def serve(
         if reload is not None and certificates is not None:
             nursery.start_soon(_reload_when_asked, reload, certificates)
         await serve_app(
-            create_app(broker, loopback_only=not config.open, cors=config.cors),
+            create_app(broker, loopback_only=not config.open, cors=config.cors, body_s=config.body_s),
             hypercorn_config(settings, certificates, Cors.of(config.cors)),
             listening,
             shutdown_trigger=wait_drained,

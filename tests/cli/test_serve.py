@@ -9,16 +9,17 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import click
 import httpx2
 import pytest
 import trio
+from click.testing import CliRunner
 
 from tests.cli.processes import Running, call, run_wakecall
-from wakecall import BrokerConfig
+from wakecall import BrokerConfig, ServeConfig
 from wakecall.cli.serve import command
 
 MEMORY = ("serve", "--port", "0", "--db", ":memory:")
@@ -254,6 +255,8 @@ async def test_one_broker_to_a_file(tmp_path: Path) -> None:
         ([], {"WAKECALL_TOTAL_S": "soon"}, "WAKECALL_TOTAL_S"),
         (["--port", "65536"], {}, "--port"),
         ([], {"WAKECALL_PORT": "http"}, "WAKECALL_PORT"),
+        (["--head-s", "0"], {}, "head_s"),
+        ([], {"WAKECALL_MAX_CONNECTIONS": "0"}, "max_connections"),
         (["--log-level", "loud"], {}, "--log-level"),
         (["--cors", "https://a.example/"], {}, "'https://a.example/' is no origin: nothing stands behind"),
         ([], {"WAKECALL_CORS": "https://a.example b.example"}, "'b.example' is no origin: it has no scheme"),
@@ -280,6 +283,22 @@ def test_every_setting_of_the_broker_is_an_option() -> None:
         assert option.default == each.default
         assert option.help is not None
         assert each.metadata["doc"][1:] in option.help
+
+
+@pytest.mark.parametrize("by", ["option", "variable", "neither"])
+def test_what_a_connection_may_take_is_set(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its option or its variable; else it is what a program gets by default."""
+    given: dict[str, float] = {"keep_alive_s": 11.5, "head_s": 12.0, "body_s": 13.0, "max_connections": 14}
+    found: list[ServeConfig] = []
+    monkeypatch.setattr("wakecall.cli.serve.trio.run", lambda _, where, *__: found.append(where))
+    monkeypatch.setattr("wakecall.cli.serve._raise_descriptor_limit", lambda: None)
+    monkeypatch.setattr("wakecall.cli.serve.configure_logging", lambda *_: None)
+    args = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()] if by == "option" else []
+    variables = {f"WAKECALL_{name.upper()}": str(value) for name, value in given.items()} if by == "variable" else {}
+    run = CliRunner().invoke(command, ["--db", ":memory:", *args], env=variables)
+    assert run.exit_code == 0, run.output
+    wanted = asdict(ServeConfig()) if by == "neither" else given
+    assert {name: getattr(found[0], name) for name in given} == {name: wanted[name] for name in given}
 
 
 async def test_pages_of_the_origins_that_are_given_may_call(tmp_path: Path) -> None:

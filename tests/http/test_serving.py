@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import trio
 
 from tests.http.wire import Answer, Wire, request_bytes
 from wakecall import Broker, open_broker
+from wakecall.http.capacity import Capacity
 from wakecall.serving import KeysRequired, ServeConfig, serve
 
 
@@ -83,3 +86,72 @@ async def test_a_loopback_name_that_leads_elsewhere_is_refused(monkeypatch: pyte
             await serve(broker, ServeConfig(host="odd.localhost", port=0))
         monkeypatch.undo()
     assert [each.fileno() for each in opened] == [-1]
+
+
+@asynccontextmanager
+async def serving(**settings: Any) -> AsyncIterator[int]:
+    """A broker that listens on the port, for the block."""
+    with trio.fail_after(10):
+        async with open_broker() as broker, trio.open_nursery() as nursery:
+            (url,) = await nursery.start(serve, broker, ServeConfig(port=0, **settings))
+            yield int(url.rpartition(":")[2])
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("setting", "sent", "status"),
+    [
+        ("keep_alive_s", b"", None),
+        ("head_s", b"GET / HTTP/1.1\r\n", 408),
+        ("body_s", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{", 408),
+    ],
+)
+async def test_what_a_peer_takes_too_long_for_ends(setting: str, sent: bytes, status: int | None) -> None:
+    """Each of the times is the one that was set: the defaults are a minute and more."""
+    async with serving(**{setting: 0.2}) as port:
+        wire = Wire(await trio.open_tcp_stream("127.0.0.1", port))
+        await wire.send(sent)
+        if status is None:
+            assert await wire.read_to_end() == b""
+        else:
+            assert (await wire.read_answer("POST")).status == status
+        await wire.stream.aclose()
+
+
+async def ask(wire: Wire) -> Answer:
+    await wire.send(request_bytes("GET", "/healthz", host="localhost"))
+    return await wire.read_answer()
+
+
+@pytest.mark.parametrize(("bound", "descriptors", "fit"), [(2, None, 2), (2, 4, 2), (4, 2, 2), (None, 2, 2)])
+async def test_there_are_as_many_connections_as_were_set_and_never_more_than_descriptors(
+    bound: int | None, descriptors: int | None, fit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes beyond them has the place of the one that has been idle for the longest."""
+    monkeypatch.setattr("wakecall.serving.measure_capacity", lambda: Capacity(descriptors, 4))
+    async with serving(max_connections=bound) as port, AsyncExitStack() as stack:
+        wires = []
+        for _ in range(fit + 1):
+            wire = Wire(await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", port)))
+            assert (await ask(wire)).status == 200
+            wires.append(wire)
+        assert await wires[0].read_to_end() == b""
+        for wire in wires[1:]:
+            assert (await ask(wire)).status == 200
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"keep_alive_s": 0},
+        {"head_s": -1.0},
+        {"body_s": float("inf")},
+        {"body_s": float("nan")},
+        {"max_connections": 0},
+        {"max_connections": 1.5},
+        {"max_connections": True},
+    ],
+)
+def test_what_is_no_time_and_no_bound_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ServeConfig(**wrong)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import click
 import trio
@@ -39,6 +39,8 @@ __all__ = ["command"]
 
 logger = logging.getLogger("wakecall.server")
 
+_SERVING: Final = ServeConfig()
+
 
 def _setting_options(command: F) -> F:
     """One option and one variable for each setting of the broker, made from what its record says of it."""
@@ -59,6 +61,35 @@ def _setting_options(command: F) -> F:
             section="" if each.name == "grace_s" else "Times, in seconds" if of_times else "Bounds",
         )(command)
     return command
+
+
+def _connection_options(command: F) -> F:
+    """What one connection may take, and how many there may be: the settings of `ServeConfig` that are no addresses."""
+    for name, what in reversed(
+        (
+            ("keep_alive_s", "A connection may be idle between two requests for so long."),
+            ("head_s", "A request's head has so long from its first byte to its last, and so has a TLS handshake."),
+            ("body_s", "All of a request's body has so long, a publisher's upload of an answer excepted."),
+        )
+    ):
+        command = option(
+            f"--{name.replace('_', '-')}",
+            envvar=f"WAKECALL_{name.upper()}",
+            type=float,
+            default=int(getattr(_SERVING, name)),
+            metavar="SECONDS",
+            help=what,
+            section="Times, in seconds",
+        )(command)
+    return option(
+        "--max-connections",
+        envvar="WAKECALL_MAX_CONNECTIONS",
+        type=int,
+        metavar="COUNT",
+        show_default="as many as there are descriptors for",
+        help="Connections at a time. Beyond it the idle make room.",
+        section="Bounds",
+    )(command)
 
 
 @click.command("serve", cls=SectionedCommand, short_help=VERBS["serve"])
@@ -101,6 +132,7 @@ def _setting_options(command: F) -> F:
 )
 @log_options
 @_setting_options
+@_connection_options
 def command(
     host: str,
     port: int,
@@ -111,6 +143,10 @@ def command(
     cors: tuple[str, ...],
     log_level: str,
     log_format: str,
+    keep_alive_s: float,
+    head_s: float,
+    body_s: float,
+    max_connections: int | None,
     **settings: Any,
 ) -> None:
     """Run a broker: one OpenAI-compatible address for all that publishers publish on it.
@@ -125,12 +161,23 @@ def command(
         raise click.UsageError(str(error)) from error
     try:
         where = ServeConfig(
-            host=host, port=port, open=is_open, certfile=_expanded(certfile), keyfile=_expanded(keyfile), cors=cors
+            host=host,
+            port=port,
+            open=is_open,
+            certfile=_expanded(certfile),
+            keyfile=_expanded(keyfile),
+            cors=cors,
+            keep_alive_s=keep_alive_s,
+            head_s=head_s,
+            body_s=body_s,
+            max_connections=max_connections,
         )
     except InvalidOrigin as error:
         raise click.BadParameter(printable(f"{error}."), param_hint="--cors") from error
     except BadCertificate as error:
         raise ConfigurationError(_sentence(error)) from error
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     configure_logging(log_level, log_format)
     _raise_descriptor_limit()
     try:

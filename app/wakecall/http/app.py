@@ -33,7 +33,9 @@ from .usage import add_usage_routes
 __all__ = ["create_app"]
 
 
-def create_app(broker: Broker, *, loopback_only: bool = True, cors: Iterable[str] = ()) -> QuartTrio:
+def create_app(
+    broker: Broker, *, loopback_only: bool = True, cors: Iterable[str] = (), body_s: float = 900.0
+) -> QuartTrio:
     """An app over a broker that is open, and stays so while the app is served. One app for one broker.
 
     Serve it with `wakecall.http.server.serve_app`: the guard leans on what that puts beneath it.
@@ -45,6 +47,7 @@ def create_app(broker: Broker, *, loopback_only: bool = True, cors: Iterable[str
             everything. Then any `Host` is fine, and an `Origin` that is the same.
         cors: origins whose pages may call what is under `/v1`, such as `https://chat.example.com`; `*` for all of them,
             but not past that refusal: then each has to be named.
+        body_s: seconds for all of a request's body, a publisher's upload of an answer excepted.
 
     Raises:
         InvalidOrigin: one of them is none.
@@ -74,7 +77,7 @@ def create_app(broker: Broker, *, loopback_only: bool = True, cors: Iterable[str
     app.extensions["wakecall.routes"] = routes
     guard = Guard(
         app.asgi_app,
-        GuardSettings(body_stall_s=config.peer_stall_s),
+        GuardSettings(body_stall_s=config.peer_stall_s, body_s=body_s),
         BodyBudget(config.max_held_bytes),
         app.cors,
     )
