@@ -251,7 +251,7 @@ class RateLimitExceeded(RequestError):
     """A key's own limit: its requests a minute, or at a time. `retry_after_s` is computed.
 
     Args:
-        message, retry_after_s: as of every error.
+        message, param, phase, status, retry_after_s: as of every error.
         rate: how the key's rate stands, where that was it.
     """
 
@@ -261,9 +261,16 @@ class RateLimitExceeded(RequestError):
     default_message = "Too many requests."
 
     def __init__(
-        self, message: str | None = None, *, retry_after_s: float | None = None, rate: RateState | None = None
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        phase: Phase | None = None,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        rate: RateState | None = None,
     ) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
+        super().__init__(message, param=param, phase=phase, status=status, retry_after_s=retry_after_s)
         self.rate = rate
 
 

@@ -177,6 +177,7 @@ async def serve(
     if config.open:
         _warn_of_open(broker, config.host)
     capacity = measure_capacity()
+    cors = Cors.of(config.cors)
     most = [bound for bound in (capacity.connections, config.max_connections) if bound is not None]
     settings = BarrierSettings(
         peer_stall_s=stall_s,
@@ -199,8 +200,8 @@ async def serve(
         if reload is not None and certificates is not None:
             nursery.start_soon(_reload_when_asked, reload, certificates)
         await serve_app(
-            create_app(broker, loopback_only=not config.open, cors=config.cors, body_s=config.body_s),
-            hypercorn_config(settings, certificates, Cors.of(config.cors)),
+            create_app(broker, loopback_only=not config.open, cors=cors or (), body_s=config.body_s),
+            hypercorn_config(settings, certificates, cors),
             listening,
             shutdown_trigger=wait_drained,
             task_status=task_status,

@@ -79,6 +79,19 @@ async def test_it_listens_and_stops(number: signal.Signals, tmp_path: Path) -> N
         assert "Traceback" not in serve.err.text
 
 
+async def test_sighup_without_a_certificate_is_a_line_of_the_log(tmp_path: Path) -> None:
+    """It goes on as before, however often."""
+    async with run_wakecall(*MEMORY, state=tmp_path) as serve:
+        url = await serve.url()
+        for _ in range(2):
+            serve.send(signal.SIGHUP)
+            await serve.err.wait("there is no certificate that could be read again")
+            async with httpx2.AsyncClient() as http:
+                assert (await http.get(f"{url}/healthz")).status_code == 200
+        serve.send(signal.SIGTERM)
+        assert await serve.wait() == 0
+
+
 async def test_with_idle_channels_open_it_stops_at_once(tmp_path: Path) -> None:
     """Publishers that just listen cost no grace: they get their `bye`, and it is over long before it."""
     async with run_wakecall(*MEMORY, "--grace", "30", state=tmp_path) as serve:

@@ -169,3 +169,16 @@ def test_an_error_can_be_copied_with_all_it_says() -> None:
         assert type(other) is type(error)
         assert vars(other) == vars(error)
         assert str(other) == "Too late."
+
+
+@pytest.mark.parametrize("each", ALL, ids=lambda each: each.__name__)
+def test_every_error_says_what_it_was_told(each: type[WakecallError]) -> None:
+    """Whatever else its class takes beside."""
+    error = each("Said.", param="x", phase="queue", status=418, retry_after_s=2.5)
+    assert (error.message, error.param, error.phase, error.status, error.retry_after_s) == (
+        "Said.",
+        "x",
+        "queue",
+        418,
+        2.5,
+    )

@@ -237,3 +237,15 @@ def test_importing_the_package_loads_no_heavy_module() -> None:
     script = f"import sys, wakecall; print(*sorted({heavy!r} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=APP)
     assert run.stdout.split() == []
+
+
+def test_keys_of_a_file_are_made_and_listed_without_a_web_server(tmp_path: Path) -> None:
+    """It takes longer to load than all else that the command does."""
+    script = (
+        "import sys; from wakecall.cli.keyplaces import FileKeys; place = FileKeys(sys.argv[1]);"
+        "place.create('admin', {}); place.listing();"
+        "print(*sorted({'quart', 'hypercorn', 'werkzeug'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "w.db")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=APP)
+    assert run.stdout.split() == []

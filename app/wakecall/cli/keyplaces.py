@@ -128,7 +128,7 @@ class FileKeys:
         return self._do(look)
 
     def create(self, role: Role, settings: dict[str, Any]) -> Made:
-        from ..http.admin import describe_key
+        from ..http.shown import describe_key
         from ..models import KeyView
 
         async def make(broker: Broker) -> Made:
@@ -181,7 +181,7 @@ class FileKeys:
 
 
 def _described(broker: Broker) -> list[dict[str, Any]]:
-    from ..http.admin import describe_key
+    from ..http.shown import describe_key
 
     # As JSON would have them: patterns are a list there.
     described: list[dict[str, Any]] = msgspec.to_builtins([describe_key(view) for view in broker.key_views()])

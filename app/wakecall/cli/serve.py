@@ -153,7 +153,7 @@ def command(
 
     The address is printed on stdout as soon as it can be called; what happens then is told on stderr, one line each.
     SIGINT and SIGTERM stop it: nothing new is taken, what is under way has the grace to end. A second one skips that. With
-    --certfile, SIGHUP has it read the certificate and its key again.
+    --certfile, SIGHUP has it read the certificate and its key again; without, it does nothing.
     """
     try:
         config = BrokerConfig(**settings)
@@ -198,11 +198,14 @@ async def _run(where: ServeConfig, config: BrokerConfig, db: str) -> None:
     stop, reload = Stop(), Reload()
     failure: CannotBind | KeysRequired | BadCertificate | None = None
     signals = [signal.SIGINT, signal.SIGTERM]
-    if where.certfile is not None and hasattr(signal, "SIGHUP"):
+    if hasattr(signal, "SIGHUP"):
+        # Without a certificate too: one hook for all services must not end this one.
         signals.append(signal.SIGHUP)
 
     def on_signal(number: int) -> None:
         if number not in (signal.SIGINT, signal.SIGTERM):
+            if where.certfile is None:
+                logger.info("SIGHUP: there is no certificate that could be read again")
             reload.request()
             return
         if stop.requested:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
 from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
@@ -25,9 +24,10 @@ from ..keys import MAX_PATTERNS, NAMES_PATTERN, OWNER_PATTERN, UPSTREAM_VARIABLE
 from ..models import Hold, KeyView, Kind, LLMView, Role, SessionView, Status, TaskView, is_llm_name
 from .answers import Answer, json_answer, no_content
 from .calls import Call
-from .routes import Id, Instant, Name, Routes
+from .routes import Routes
+from .shown import Id, Instant, Key, MadeKey, Name, describe_key, instant
 
-__all__ = ["LLM", "Key", "LLMList", "MadeKey", "add_admin_routes", "describe_key", "describe_llm"]
+__all__ = ["LLM", "LLMList", "add_admin_routes", "describe_llm"]
 
 #: An operator's key that has less to live, in seconds, is not one to be left alone with.
 _LASTING_S: Final = 3600.0
@@ -92,28 +92,6 @@ class NewKey(msgspec.Struct, frozen=True):
     expires_in_s: (
         Annotated[float, msgspec.Meta(extra_json_schema={"exclusiveMinimum": 0, "maximum": LONGEST_KEY_S})] | None
     ) = None
-
-
-class Key(msgspec.Struct, frozen=True):
-    """What is kept of a key. It is not the key itself."""
-
-    id: Annotated[str, Id]
-    role: Role
-    owner: str
-    name: str
-    llms: tuple[str, ...] | None
-    rpm: int | None
-    max_in_flight: int | None
-    created_at: Annotated[str, Instant]
-    expires_at: Annotated[str, Instant] | None
-    expired: bool
-    in_flight: int
-
-
-class MadeKey(Key, frozen=True):
-    """A key that has been made, and in `key` the key itself, this once."""
-
-    key: str
 
 
 class KeyList(msgspec.Struct, frozen=True):
@@ -363,8 +341,8 @@ def describe_llm(view: LLMView) -> LLM:
         status=llm.status,
         session_id=llm.session_id,
         owner=llm.owner,
-        last_heartbeat_at=_instant(llm.last_heartbeat_at),
-        inactive_since=None if llm.inactive_since is None else _instant(llm.inactive_since),
+        last_heartbeat_at=instant(llm.last_heartbeat_at),
+        inactive_since=None if llm.inactive_since is None else instant(llm.inactive_since),
         max_concurrency=llm.max_concurrency,
         pool=llm.pool,
         group=llm.group,
@@ -395,25 +373,7 @@ def _session(view: SessionView) -> Session:
         connected=view.connected,
         agent=Agent(record.agent_name, record.agent_version),
         llms=view.llms,
-        last_heartbeat_at=_instant(record.last_heartbeat_at),
-    )
-
-
-def describe_key(view: KeyView) -> Key:
-    """A key as operators see it, which is all but the key itself."""
-    key = view.key
-    return Key(
-        id=key.key_id,
-        role=key.role,
-        owner=key.owner,
-        name=key.name,
-        llms=key.llms,
-        rpm=key.rpm,
-        max_in_flight=key.max_in_flight,
-        created_at=_instant(key.created_at),
-        expires_at=None if key.expires_at is None else _instant(key.expires_at),
-        expired=view.expired,
-        in_flight=view.in_flight,
+        last_heartbeat_at=instant(record.last_heartbeat_at),
     )
 
 
@@ -428,8 +388,3 @@ def _task(view: TaskView) -> Task:
         position=view.position,
         estimate_s=None if view.estimate_s is None else round(view.estimate_s, 3),
     )
-
-
-def _instant(seconds: float) -> str:
-    """RFC 3339 in UTC, to the millisecond."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

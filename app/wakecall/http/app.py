@@ -34,7 +34,7 @@ __all__ = ["create_app"]
 
 
 def create_app(
-    broker: Broker, *, loopback_only: bool = True, cors: Iterable[str] = (), body_s: float = 900.0
+    broker: Broker, *, loopback_only: bool = True, cors: Iterable[str] | Cors = (), body_s: float = 900.0
 ) -> QuartTrio:
     """An app over a broker that is open, and stays so while the app is served. One app for one broker.
 
@@ -55,7 +55,7 @@ def create_app(
     app = _App(__name__, static_folder=None, template_folder=None)
     app.broker = broker
     app.loopback_only = loopback_only
-    app.cors = Cors.of(cors)
+    app.cors = cors if isinstance(cors, Cors) else Cors.of(cors)
     app.debug = False  # Quart would take it from the environment, and show every traceback to the peer
     app.config.update(
         MAX_CONTENT_LENGTH=None,  # bodies are the guard's

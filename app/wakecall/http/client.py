@@ -31,7 +31,8 @@ from .calls import Call, look_into, refuse_encoded
 from .errors import rate_headers
 from .listing import list_answer
 from .relay import PASSED_TYPES, pass_on
-from .routes import HELD_BODY, Header, Media, Name, Routes
+from .routes import HELD_BODY, Header, Media, Routes
+from .shown import Name
 from .sniff import FLAG_PATTERN, MAX_FIELD_BYTES, sniff
 
 __all__ = ["PRIORITY", "RELAYED", "TIMEOUT", "add_client_routes"]

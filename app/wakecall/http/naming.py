@@ -14,7 +14,8 @@ from ..naming import MAX_FALLBACKS
 from .admin import LLMList, describe_llm
 from .answers import Answer, json_answer, no_content
 from .calls import Call
-from .routes import Name, Routes
+from .routes import Routes
+from .shown import Name
 
 __all__ = ["add_naming_routes"]
 

@@ -33,7 +33,8 @@ from ..models import LLM, HeartbeatReply, LLMSpec, Registered, Status, is_id, is
 from ..upload import Upload
 from .answers import PIECE_BYTES, Answer, StreamBody, json_answer, no_content, stream_answer
 from .calls import Call, refuse_encoded
-from .routes import Header, Id, Media, Name, Routes
+from .routes import Header, Media, Routes
+from .shown import Id, Name
 from .sse import FramesBody
 
 __all__ = ["add_publisher_routes"]

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-import msgspec
 from quart import Quart
 
 from ..broker import Broker
@@ -25,12 +24,13 @@ from ..errors import (
     UnsupportedEncoding,
     WakecallError,
 )
-from ..models import ID_PATTERN, MAX_NAME_LENGTH, NAME_PATTERN, Role
+from ..models import Role
 from .answers import Answer
 from .auth import check_again
 from .calls import Call, begin, one_header, read_json
+from .shown import Id, Name
 
-__all__ = ["HELD_BODY", "Content", "Declared", "Header", "Id", "Instant", "Media", "Name", "Query", "Route", "Routes"]
+__all__ = ["HELD_BODY", "Content", "Declared", "Header", "Media", "Query", "Route", "Routes"]
 
 Method = Literal["GET", "PUT", "POST", "PATCH", "DELETE"]
 
@@ -50,16 +50,6 @@ HELD_BODY: Final[tuple[Declared, ...]] = (
 
 _PLACEHOLDER: Final = re.compile(r"<(?:path:)?(\w+)>")
 
-
-def _text(description: str, **schema: Any) -> msgspec.Meta:
-    # In the schema only: what decides stands in models.py, and raises errors that name the member in our own words.
-    return msgspec.Meta(description=description, extra_json_schema=schema)
-
-
-#: How a Struct says that a text is the name of a model, an id, an instant.
-Name: Final = _text("A model's name.", pattern=f"^{NAME_PATTERN}$", maxLength=MAX_NAME_LENGTH)
-Id: Final = _text("A session's, a task's or a key's id.", pattern=f"^{ID_PATTERN}$")
-Instant: Final = _text("RFC 3339, in UTC.", format="date-time")
 
 #: What may stand in a path, by its name there.
 IN_PATHS: Final = {"name": Name, "session_id": Id, "task_id": Id, "key_id": Id}

@@ -13,7 +13,8 @@ from ..errors import InvalidRequest, StoreUnavailable
 from ..ledger import HOUR_S, UsageBy, hour_of
 from .answers import Answer, json_answer
 from .calls import Call
-from .routes import Instant, Query, Routes
+from .routes import Query, Routes
+from .shown import Instant
 
 __all__ = ["add_usage_routes", "parse_since"]
 
