@@ -222,8 +222,8 @@ def _check(
     if owner is not None:
         _check_owner(owner)
     if llms is not None:
-        if role == "admin":
-            raise InvalidRequest("An operator's key is not bound to models.", param="llms")
+        if role not in ("client", "publisher"):
+            raise InvalidRequest("Only a client's or a publisher's key is bound to models.", param="llms")
         if not llms:
             raise InvalidRequest("Without any model a key opens nothing: leave `llms` out for all.", param="llms")
         if len(llms) > MAX_PATTERNS:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Final
 
 from .errors import InvalidApiKey, RateLimitExceeded
-from .keys import ROLES, digest_of, matcher_of
+from .keys import ROLES, digest_of, matcher_of, roles_held_by
 from .limits import RateState, RequestRate
 from .models import LOCAL_OWNER, MAX_NAME_LENGTH, Key, Role
 
@@ -34,7 +34,7 @@ class Caller:
     def __init__(self, key: Key | None) -> None:
         self.key: Final = key
         self.owner: Final = LOCAL_OWNER if key is None else key.owner
-        self.roles: Final[frozenset[Role]] = frozenset(ROLES if key is None else (key.role,))
+        self.roles: Final[frozenset[Role]] = frozenset(ROLES) if key is None else roles_held_by(key.role)
         self.in_flight = 0
         self.waiting = 0
         self._matches = None if key is None or key.llms is None else matcher_of(key.llms)

@@ -32,6 +32,7 @@ __all__ = [
     "is_upstream_variable",
     "matcher_of",
     "role_of",
+    "roles_held_by",
 ]
 
 ENTROPY_BYTES: Final = 32
@@ -48,6 +49,11 @@ _OWNER: Final = re.compile(OWNER_PATTERN)
 _PRESENTABLE: Final = re.compile(r"[!-~]{1,1024}")
 _PATTERN: Final = re.compile(NAMES_PATTERN)
 _UPSTREAM_VARIABLE: Final = re.compile(UPSTREAM_VARIABLE_PATTERN)
+
+
+def roles_held_by(role: Role) -> frozenset[Role]:
+    """Whose paths a key of this role opens: its own; an operator may also read what a monitor may, and no more than that."""
+    return frozenset({role, "monitor"} if role == "admin" else {role})
 
 
 def format_key(role: Role, entropy: bytes) -> str:

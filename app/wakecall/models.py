@@ -91,7 +91,7 @@ Hold = Literal["drain", "pause"]
 Priority = Literal["interactive", "batch"]
 
 #: What a key is for (protocol.md): inference, publishing, operating. None of them holds another.
-Role = Literal["client", "publisher", "admin"]
+Role = Literal["client", "publisher", "admin", "monitor"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class Operating(Core):
         """Make a key. With the first one the broker is no longer open.
 
         Args:
-            role: `client`, `publisher` or `admin`.
+            role: `client`, `publisher`, `admin` or `monitor`.
             name: for people.
             owner: whose sessions, names and tasks its holder's are; None: the key's own id.
             llms: patterns of the names that a client may use or a publisher may register (`*`: any characters); None: all.

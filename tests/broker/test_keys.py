@@ -42,7 +42,7 @@ async def test_without_keys_everybody_may_do_everything(autojump_clock):
         for presented in (None, "", "whatever"):
             caller = broker.authenticate(presented)
             assert (caller.owner, caller.key_id) == ("local", None)
-            assert caller.roles == {"client", "publisher", "admin"}
+            assert caller.roles == {"client", "publisher", "admin", "monitor"}
 
 
 async def test_with_the_first_key_nobody_passes_without_one(autojump_clock):
@@ -50,7 +50,7 @@ async def test_with_the_first_key_nobody_passes_without_one(autojump_clock):
         made = await broker.create_key("admin")
         assert not broker.is_open
         caller = broker.authenticate(made.secret)
-        assert (caller.key_id, caller.roles) == (made.key.key_id, {"admin"})
+        assert (caller.key_id, caller.roles) == (made.key.key_id, {"admin", "monitor"})
         for wrong in (
             None,
             "",

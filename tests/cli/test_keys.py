@@ -234,7 +234,12 @@ def test_every_option_reaches_the_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("role", "said"),
-    [("client", "OPENAI_API_KEY"), ("publisher", "export WAKECALL_KEY=…"), ("admin", "export WAKECALL_KEY=…")],
+    [
+        ("client", "OPENAI_API_KEY"),
+        ("publisher", "export WAKECALL_KEY=…"),
+        ("admin", "export WAKECALL_KEY=…"),
+        ("monitor", "Prometheus"),
+    ],
 )
 def test_who_makes_a_key_is_told_what_to_do_with_it(role: str, said: str, tmp_path: Path) -> None:
     made = invoke("keys", "create", role, "--db", state=tmp_path)
@@ -263,7 +268,8 @@ def test_who_makes_a_key_is_told_what_to_do_with_it(role: str, said: str, tmp_pa
         (["create", "client", "--expires", "nan"], 2, "a number of days"),
         (["create", "client", "--expires", "inf"], 2, "a number of days"),
         (["create", "client", "--expires", "40000"], 78, "a hundred years"),
-        (["create", "admin", "--llms", "a"], 78, "not bound to models"),
+        (["create", "admin", "--llms", "a"], 78, "is bound to models"),
+        (["create", "monitor", "--llms", "a"], 78, "is bound to models"),
         (["create", "publisher", "--rpm", "3"], 78, "Only a client's key"),
         (["create", "client", "--name", "x" * 129], 78, "128 characters"),
         (["revoke"], 2, "Missing argument 'ID'"),

@@ -151,6 +151,8 @@ async def test_every_route_is_401_without_a_key_but_for_a_short_list(keyed: Keye
 def role_of(target: str) -> str | None:
     if target in PUBLIC:
         return None
+    if target == "/metrics":
+        return "monitor"
     return next(
         (role for prefix, role in (("/v1/", "client"), ("/publisher/v1/", "publisher")) if target.startswith(prefix)),
         "admin",
@@ -159,16 +161,29 @@ def role_of(target: str) -> str | None:
 
 @pytest.mark.parametrize("role", ROLES)
 async def test_every_route_is_403_with_another_roles_key(keyed: Keyed, role: str) -> None:
-    """No role holds another: an operator's key generates nothing and publishes nothing. Nothing changes."""
+    """No role holds another: an operator's key generates nothing and publishes nothing. Nothing changes. He may read the
+    metrics, and whoever may do that can do nothing else."""
     before = await everything(keyed.served.broker)
     for method, target in routes(keyed.served.app):
         if role_of(target) in (None, role):
             continue
         answer = await keyed.ask(role, method, target, {})
+        if (role, target) == ("admin", "/metrics"):
+            assert answer.status == 200
+            continue
         assert answer.status == 403, (method, target, answer)
         if method != "HEAD":
             assert answer.code == "forbidden"
     assert await everything(keyed.served.broker) == before
+
+
+async def test_a_monitor_reads_the_metrics(keyed: Keyed) -> None:
+    """As its operator does; nobody else, and nobody without a key."""
+    for whose, status in (("monitor", 200), ("admin", 200), ("client", 403), ("publisher", 403)):
+        answer = await keyed.ask(whose, "GET", "/metrics")
+        assert answer.status == status, whose
+        assert (b"wakecall_infers_accepted_total" in answer.body) is (status == 200)
+    assert (await keyed.served.ask("GET", "/metrics", host=FOREIGN_HOST)).status == 401
 
 
 async def test_with_another_publishers_key_nothing_of_this_ones_is_there(keyed: Keyed) -> None:

@@ -32,6 +32,7 @@ _FOR_WHOM: Final = {
     "client": "For OpenAI's and Anthropic's SDKs it is the API key: export OPENAI_API_KEY=…, or ANTHROPIC_API_KEY=…",
     "publisher": "On the publisher's machine: export WAKECALL_KEY=…, then `wakecall publish`.",
     "admin": "To operate the broker: export WAKECALL_KEY=…, then `wakecall keys` and `wakecall ls`.",
+    "monitor": "For Prometheus, in its scrape_config: authorization: {credentials: …}",
 }
 
 
@@ -149,8 +150,8 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: float | None) ->
 def create(role: Role, broker: str, key: str | None, db: str | None, **settings: Any) -> None:
     """Make a key of ROLE and print it: the one time that it is shown.
 
-    ROLE is client (calls models), publisher (publishes them) or admin (operates the broker). None of them does what another
-    does.
+    ROLE is client (calls models), publisher (publishes them), admin (operates the broker) or monitor (reads /metrics, and
+    nothing else). None of them does what another does, but for an admin, who may read /metrics.
     """
     asked = {name: value for name, value in settings.items() if value is not None}
     place = _place(broker, key, db)
@@ -213,7 +214,7 @@ def ls(broker: str, key: str | None, db: str | None, as_json: bool) -> None:
 
 
 def _row(key: Key, now: datetime) -> list[str | Cell]:
-    models = "-" if key.role == "admin" else ", ".join(key.llms) if key.llms is not None else "all"
+    models = "-" if key.role in ("admin", "monitor") else ", ".join(key.llms) if key.llms is not None else "all"
     if key.expired:
         expires = Cell(f"expired {age(key.expires_at, now)}", "red")
     else:

@@ -25,6 +25,7 @@ from ..errors import (
     RequestTooLarge,
     WakecallError,
 )
+from ..keys import ROLES, roles_held_by
 from .room import TooManyConnections
 from .routes import HELD_BODY, IN_PATHS, Content, Declared, Media, Route
 
@@ -96,7 +97,7 @@ class _Document:
         return {
             "openapi": "3.1.0",
             "info": {"title": "Wakecall", "version": _version(), "description": _DESCRIPTION},
-            "tags": [{"name": name} for name in ("client", "publisher", "admin", "public")],
+            "tags": [{"name": name} for name in ("client", "publisher", "admin", "monitor", "public")],
             "paths": paths,
             "components": {
                 "schemas": self._components,
@@ -115,7 +116,9 @@ class _Document:
             "summary": route.summary,
             "tags": [route.role or "public"],
             # For schemes other than OAuth's the list names roles (OpenAPI 3.1, Security Requirement Object).
-            "security": [{scheme: [route.role]} for scheme in _SCHEMES] if route.role else [],
+            "security": [{scheme: [role]} for role in ROLES if route.role in roles_held_by(role) for scheme in _SCHEMES]
+            if route.role
+            else [],
         }
         if route.in_path or route.headers or route.query:
             operation["parameters"] = self._parameters(route)

@@ -85,8 +85,8 @@ def add_ops_routes(routes: Routes, broker: Broker) -> None:
         }
         return json_answer(document, 503, retry_headers(failures[0]))
 
-    # How busy it is, is its operator's business.
-    @routes.add("GET", "/metrics", role="admin", answer=_METRICS, name="metrics")
+    # How busy it is, is its operator's business. Whoever collects that for him need not be able to do what he can.
+    @routes.add("GET", "/metrics", role="monitor", answer=_METRICS, name="metrics")
     async def show_metrics(call: Call) -> Answer:
         """Show what is counted."""
         return Answer(metrics.render(), content_type=CONTENT_TYPE_LATEST)
