@@ -98,6 +98,10 @@ class Broker(Publishing, Operating):
         """All that can be called, by name: aliases, rows and pools; with a caller, those alone that he may use."""
         return self._naming.models(_anything if caller is None else caller.may_use)
 
+    def model_names(self) -> list[str]:
+        """What `models` lists, for whoever looks at them a few at a time: one of them may be gone by then."""
+        return self._naming.names()
+
     def model(self, name: str, caller: Caller | None = None) -> ModelView:
         """What is called by a name. Raises ModelNotFound: nothing, or nothing for this caller."""
         if caller is not None and not caller.may_use(name):

@@ -55,12 +55,12 @@ class Naming:
 
     def models(self, may_use: Callable[[str], bool]) -> list[ModelView]:
         """All that a client can name, in the order of the names, as far as `may_use` says that he may."""
-        rows, pools, aliases = self._directory.rows, self._directory.pools, self._directory.aliases
-        # There may be thousands, and nearly all of them are rows.
-        return [
-            _view(rows[name].llm) if name in rows and name not in aliases else self.model(name)
-            for name in sorted(filter(may_use, {*rows, *pools, *aliases}))
-        ]
+        return [self.model(name) for name in filter(may_use, self.names())]
+
+    def names(self) -> list[str]:
+        """All that a client can name, in order."""
+        directory = self._directory
+        return sorted({*directory.rows, *directory.pools, *directory.aliases})
 
     def model(self, name: str) -> ModelView:
         """What a client can name so. Raises ModelNotFound."""

@@ -198,15 +198,21 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
     @routes.add("GET", "/v1/models", role="client", answer=ModelList, errors=(_TOO_OFTEN,))
     async def list_models(call: Call) -> Answer:
         """List all models, sleeping and offline ones too."""
-        may_use = call.caller.may_use
+
+        def show(name: str) -> Model | None:
+            try:
+                return _describe(broker.model(name, call.caller))
+            except ModelNotFound:
+                return None  # not for him, or gone since the list was begun
+
         with _claim(broker, call) as claim:
 
             def hold() -> Callable[[], None]:
                 claim.take_over()
                 return claim.release
 
-            # All of them, and what is not for him left out on the way: to hold names against patterns may take a while.
-            return list_answer(broker.models(), lambda model: _describe(model) if may_use(model.name) else None, hold)
+            # What is not for him is left out on the way: to hold all names against patterns may take a while.
+            return list_answer(broker.model_names(), show, hold)
 
     @routes.add("GET", "/v1/models/<path:name>", role="client", answer=Model, errors=(ModelNotFound, _TOO_OFTEN))
     async def get_model(call: Call, name: str) -> Answer:
