@@ -110,6 +110,33 @@ async def test_what_is_not_said_is_unknown_and_what_was_not_made_is_not(autojump
         assert (await broker.usage("llm", 0))["qwen"] == Usage(8, 4, 3, 1, 4, 17, 7)
 
 
+async def test_one_that_moves_counts_once_and_with_whoever_served_it(autojump_clock):
+    """What the one that refused it said is nobody's, and neither are its seconds."""
+    rows = [LLMSpec(name, pool="pool", max_concurrency=1) for name in ("one", "two")]
+    async with open_test_broker() as broker, FakePublisher(broker, "laptop", rows) as publisher:
+        infer = broker.infer_nowait("pool", CALL)
+        first = await publisher.next("infer")
+        await trio.sleep(4)
+        await publisher.answer(first, PLAIN, status=429)
+        second = await publisher.next("infer")
+        assert second.data["llm"] != first.data["llm"]
+        await trio.sleep(2)
+        await publisher.answer(second, PLAIN)
+        infer.cancel()
+        assert await broker.usage("llm", 0) == {second.data["llm"]: replace(ONE, seconds=2.0)}
+
+
+async def test_one_whose_frame_nobody_took_used_nothing(autojump_clock):
+    """Nor one that only waited: that is known."""
+    rows = [LLMSpec("qwen", max_concurrency=1)]
+    async with open_test_broker() as broker, FakePublisher(broker, "laptop", rows):
+        await wait_all_tasks_blocked()
+        sent, waiting = (broker.infer_nowait("qwen", CALL) for _ in range(2))
+        waiting.cancel()
+        sent.cancel()
+        assert await broker.usage("llm", 0) == {"qwen": Usage(requests=2, cancelled=2)}
+
+
 async def test_it_is_summed_by_key_and_by_llm(autojump_clock):
     """Those of a key that is revoked stay."""
     async with open_test_broker() as broker, FakePublisher(broker, "laptop", ["qwen", "phi"]) as publisher:

@@ -124,6 +124,17 @@ async def test_it_gets_the_call_with_its_own_model_and_key_and_nothing_else(
     assert (answer.status, answer.body) == (200, b'{"said": 1.0}')
 
 
+async def test_what_it_says_of_its_tokens_is_counted_as_any_rows(stage: Stage) -> None:
+    await stage.put()
+    exchange, answers = await stage.call(CALL)
+    await exchange.respond_json(200, {"usage": {"prompt_tokens": 12, "completion_tokens": 3}})
+    assert (await stage.answer_of(answers)).status == 200
+    found = (await stage.served.ask("GET", "/admin/v1/usage?by=llm")).json["data"]
+    assert [(row["llm"], row["requests"], row["unknown"], row["tokens_in"], row["tokens_out"]) for row in found] == [
+        ("gpt", 1, 0, 12, 3)
+    ]
+
+
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/", "/openai/v1", "/openai"])
 async def test_its_address_is_a_base_with_or_without_v1(stage: Stage, suffix: str) -> None:
     await stage.put(url=stage.engine.base_url + suffix)
