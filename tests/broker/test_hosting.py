@@ -22,7 +22,7 @@ from wakecall.errors import (
 )
 from wakecall.hosting import HOST
 from wakecall.keys import is_owner
-from wakecall.models import Alias, InferSettled, SlotReleased, is_id
+from wakecall.models import InferSettled, SlotReleased, is_id
 from wakecall.testing import FakePublisher, FakeUpstream, open_test_broker
 
 ROW = {"type": "openai", "model": "gpt-x", "url": "https://api.example/v1"}
@@ -228,7 +228,7 @@ async def test_one_that_refuses_hands_on_to_the_fallback_of_an_alias(autojump_cl
     async with open_test_broker(upstream=upstream) as broker, FakePublisher(broker, "laptop", ["qwen"]) as publisher:
         await put(broker)
         for name, targets in (("public-first", ("gpt", "qwen")), ("public-last", ("qwen", "gpt"))):
-            broker._directory.aliases[name] = Alias(name, targets, broker.now())
+            await broker.put_alias(name, targets)
         call = start_call(nursery, broker, "public-first")
         (await upstream.next()).answer(b"busy", status, retry_after_s=77)
         await publisher.answer(await publisher.next("infer"), b"too", status=status)
@@ -249,12 +249,33 @@ async def test_one_that_refuses_hands_on_to_the_fallback_of_an_alias(autojump_cl
 async def test_a_refusal_that_nobody_else_takes_over_is_the_answer(autojump_clock, nursery, upstream):
     async with open_test_broker(upstream=upstream) as broker:
         await put(broker)
-        broker._directory.aliases["either"] = Alias("either", ("gpt", "gone"), broker.now())
+        await broker.put_alias("either", ["gpt", "gone"])
         for name in ("gpt", "either"):
             call = start_call(nursery, broker, name)
             (await upstream.next()).answer(b"busy", 429, retry_after_s=77)
             await call.over.wait()
             assert (call.reply.status, call.reply.headers["retry-after"], call.body) == (429, "77", b"busy")
+
+
+async def test_what_it_used_is_counted_and_a_hold_keeps_it_from_new_calls(autojump_clock, nursery, upstream):
+    """Both as of any row, and neither is undone by a change of it."""
+    async with open_test_broker(upstream=upstream) as broker:
+        await put(broker, max_concurrency=1)
+        first, waiting = await start_calls(nursery, broker, 2, "gpt")
+        asked = await upstream.next()
+        await broker.hold("gpt", "pause")
+        with pytest.raises(ModelOffline):
+            broker.infer_nowait("gpt", CALL)
+        await put(broker, max_concurrency=2)
+        await wait_all_tasks_blocked()
+        assert (view(broker, "gpt").llm.hold, view(broker, "gpt").waiting, len(upstream.calls)) == ("pause", 1, 1)
+        asked.answer(b'{"usage":{"prompt_tokens":3,"completion_tokens":5}}')
+        await first.over.wait()
+        await broker.resume("gpt")
+        (await upstream.next()).answer(b"{}")
+        await waiting.over.wait()
+        used = (await broker.usage("llm", 0))["gpt"]
+        assert (used.tokens_in, used.tokens_out) == (3, 5)
 
 
 async def test_a_slow_client_holds_back_its_own_upstream_and_nobody_else(autojump_clock, nursery, upstream):
