@@ -21,7 +21,11 @@ __all__ = ["main"]
 VERBS: Final = {
     "serve": "Run a broker.",
     "publish": "Publish the models of an engine on a broker.",
+    "pause": "Pause this machine's publisher, or a model of a broker.",
+    "resume": "Resume what has been paused or drained.",
     "ls": "List the models of a broker.",
+    "drain": "Drain a model of a broker.",
+    "aliases": "Give models names of an operator's own.",
     "usage": "Show who used how much.",
     "keys": "Make, list and revoke API keys.",
     "demo": "See everything work, in one go, on this machine.",

@@ -13,6 +13,7 @@ import msgspec
 
 from ..addresses import is_loopback, shown
 from ..keys import header_for, role_of
+from ..models import Role
 from ..outbound import describe_tls
 from ..publisher.errors import InvalidConfig
 from ..publisher.trust import trust_for
@@ -61,14 +62,21 @@ class LastingRefusal(BrokerRefused):
 
 
 def ask(
-    broker: str, path: str, *, key: str | None = None, method: str = "GET", said: dict[str, Any] | None = None
+    broker: str,
+    path: str,
+    *,
+    key: str | None = None,
+    role: Role = "admin",
+    method: str = "GET",
+    said: dict[str, Any] | None = None,
 ) -> BrokerAnswer:
     """One request to a broker.
 
     Args:
         broker: its address.
         path: below that.
-        key: of role admin; None: without.
+        key: None: without.
+        role: the one that the key has to have.
         method: the HTTP method.
         said: the request's JSON; None: it has no body.
 
@@ -96,7 +104,7 @@ def ask(
             f"No broker answers at {where} ({why}). Start one with `wakecall serve`, or name another with --broker."
         ) from error
     if not 200 <= answer.status_code < 300:
-        raise _refused(answer, where, broker, key)
+        raise _refused(answer, where, broker, key, role)
     try:
         now = parsedate_to_datetime(answer.headers["date"])
     except (KeyError, ValueError):
@@ -121,7 +129,7 @@ def _shown(broker: str) -> tuple[str, str]:
     raise click.BadParameter("this is no http:// or https:// URL", param_hint="--broker")
 
 
-def _refused(answer: httpx2.Response, where: str, broker: str, key: str | None) -> BrokerRefused:
+def _refused(answer: httpx2.Response, where: str, broker: str, key: str | None, role: Role) -> BrokerRefused:
     status = answer.status_code
     try:
         error = msgspec.json.decode(answer.content, type=_ErrorBody).error
@@ -130,10 +138,10 @@ def _refused(answer: httpx2.Response, where: str, broker: str, key: str | None) 
     code, message = error.code or "", f"{printable(error.message)} (HTTP {status})"
     if code == "invalid_api_key":
         if key is None:
-            message = f"The broker at {where} wants an API key. Put one of role admin into WAKECALL_KEY."
+            message = f"The broker at {where} wants an API key. Put one of role {role} into WAKECALL_KEY."
         else:
             message += ". That is about what WAKECALL_KEY or --key says."
-    elif code == "forbidden" and key is not None and (role := role_of(key)) not in (None, "admin"):
-        message = f"The broker at {where} takes a key of role admin for this, and it was given one of role {role}."
+    elif code == "forbidden" and key is not None and (given := role_of(key)) not in (None, role):
+        message = f"The broker at {where} takes a key of role {role} for this, and it was given one of role {given}."
     kind = LastingRefusal if code and status in (400, 401, 403, 409) else BrokerRefused
     return kind(message, status, code)

@@ -30,6 +30,8 @@ class _Row(msgspec.Struct):
     waiting: int
     waking: bool = False
     routable: bool = True
+    hold: str | None = None
+    paused: bool = False
     session_id: str | None = None
     last_heartbeat_at: str | None = None
 
@@ -60,6 +62,10 @@ def command(broker: str, key: str | None, as_json: bool) -> None:
 def _status(row: _Row) -> str:
     if row.waking:
         return f"{row.status}, waking"
+    if row.paused or row.hold == "pause":
+        return f"{row.status}, paused"
+    if row.hold == "drain":
+        return f"{row.status}, draining"
     if row.kind == "virtual" and row.status != "inactive" and not row.routable:
         return f"{row.status}, no channel"
     return row.status
