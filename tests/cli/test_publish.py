@@ -102,6 +102,26 @@ async def test_models_take_turns_on_one_engine(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("cancel", ["abort", "drain"])
+async def test_the_slot_of_a_client_that_left_is_free_when_its_engine_has_stopped(cancel: str, tmp_path: Path) -> None:
+    """Long before the broker would take it back: at once, or with `drain` when the engine is done."""
+    config = BrokerConfig(cancel_lease_s=3600, total_s=3600)
+    delay_s = 3600 if cancel == "abort" else 0.01
+    async with open_stage(delay_s, config) as stage:
+        args = (*stage.args, "--max-concurrency", "1", "--cancel", cancel)
+        async with run_wakecall(*args, state=tmp_path) as publish, trio.open_nursery() as nursery:
+            await publish.err.wait("channel open")
+            async with trio.open_nursery() as client:
+                client.start_soon(stage.chat, "wakecall-demo")
+                await publish.err.wait("request ")
+                client.cancel_scope.cancel()
+            nursery.start_soon(stage.chat, "wakecall-demo")
+            while publish.err.text.count(" for wakecall-demo\n") < 2:
+                await publish.err.news.wait()
+            assert "cancelled in" in publish.err.text
+            nursery.cancel_scope.cancel()
+
+
 async def test_a_second_signal_drops_everything(tmp_path: Path) -> None:
     """The first one waits for what is under way; whoever does not want that says so again."""
     async with open_stage(delay_s=3600) as stage, run_wakecall(*stage.args, state=tmp_path) as publish:
