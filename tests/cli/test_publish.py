@@ -81,7 +81,7 @@ async def test_models_take_turns_on_one_engine(tmp_path: Path) -> None:
     done = tmp_path / "done"
     options = ["--group", "gpu", "--wake-command", f'echo "wake $WAKECALL_LLM $WAKECALL_MODEL" >> {done}']
     options += ["--hibernate-command", f'echo "sleep $WAKECALL_LLM" >> {done}']
-    variables = {"WAKECALL_NAME": "a b c", "WAKECALL_MODEL": "wakecall-demo\nmy model\nwakecall-demo"}
+    variables = {"WAKECALL_NAME": "a b c", "WAKECALL_MODEL": "\nwakecall-demo\n my model \nwakecall-demo\n"}
     config = BrokerConfig(residence_s=0.01)
     async with open_stage(config=config) as stage:
         async with run_wakecall(*stage.args, *options, state=tmp_path, **variables) as publish:

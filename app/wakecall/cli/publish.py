@@ -93,7 +93,8 @@ _EVICTED_OR_REVOKED: Final = (
 class _EngineId(click.types.StringParamType):
     """Text in which spaces may stand: in a variable, several are told apart by their lines."""
 
-    envvar_list_splitter = "\n"
+    def split_envvar_value(self, rv: str) -> list[str]:
+        return [line.strip() for line in rv.splitlines() if line.strip()]
 
 
 def _budget(phase: str, what: str) -> Callable[[F], F]:
