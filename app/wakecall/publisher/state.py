@@ -115,9 +115,10 @@ def open_state(config: PublisherConfig) -> Iterator[State]:
                 "broker": shown(config.broker_base),
                 "engine": shown(config.engine_base),
             }
+            # Over what stands there and not into an emptied file: somebody may be reading it.
             file.seek(0)
-            file.truncate()
             file.write(json.dumps(record, indent=2).encode() + b"\n")
+            file.truncate()
             file.flush()
             os.fsync(file.fileno())
         except OSError as error:
