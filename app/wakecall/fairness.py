@@ -318,6 +318,10 @@ class FairLine(Generic[T]):
         ]
         return min(heads, key=lambda head: head[1])[0] if heads else None
 
+    def lane(self, lane: Lane | str) -> list[T]:
+        """All that wait in a lane."""
+        return [item for each in (self._interactive, self._batch) for item in each.lanes.get(lane, ())]
+
     def count(self, lane: Lane | str) -> int:
         """How many wait in a lane."""
         return sum(len(each.lanes.get(lane, ())) for each in (self._interactive, self._batch))

@@ -19,6 +19,7 @@ import trio
 from .deadlines import Deadline
 from .directory import Directory, Pool, Row
 from .errors import PublisherLostWhileWaking, ShuttingDown, WakecallError, WakeTimeout
+from .fairness import Lane
 from .frames import CancelReason
 from .lifecycle import RowEvent
 from .models import Status, WakeSettled
@@ -59,16 +60,21 @@ class Waker:
         for row in list(pool.rows.values()):
             if pool.line.count(row.llm.name):
                 self.want(row)
-        if not pool.waiting or not any(row.llm.status is Status.HIBERNATING for row in pool.rows.values()):
+        if not any(row.llm.status is Status.HIBERNATING for row in pool.rows.values()):
             return
+        if pool.line.count(Lane.ANY):
+            self._consider_without(pool, frozenset())
+        if pool.line.count(Lane.MOVED):
+            # A row that would not have them, or did not wake, is woken for nobody who cannot go there.
+            for refused_by in dict.fromkeys(infer.refused_by for infer in pool.line.lane(Lane.MOVED)):
+                self._consider_without(pool, refused_by)
+
+    def _consider_without(self, pool: Pool, refused_by: frozenset[str]) -> None:
         now = trio.current_time()
-        loads = [self._dispatcher.placer.load_of(row, now) for row in pool.rows.values()]
-        # Those that were refused, or not woken, can be served by the others alone.
-        kinds = {infer.refused_by for infer in pool.line if infer.only is None}
-        for refused_by in kinds:
-            name = choose_wake([load for load in loads if load.name not in refused_by], pool.waiting - 1)
-            if name is not None:
-                self.want(pool.rows[name])
+        rows = [row for name, row in pool.rows.items() if name not in refused_by]
+        name = choose_wake([self._dispatcher.placer.load_of(row, now) for row in rows], pool.waiting - 1)
+        if name is not None:
+            self.want(pool.rows[name])
 
     def want(self, row: Row) -> None:
         """Somebody waits for this row: wake it, if it sleeps and can be woken now; or as soon as its group lets it."""
@@ -222,7 +228,9 @@ class Waker:
         for infer in waiters:
             # Whoever may go elsewhere does; this row he has tried.
             self._dispatcher.avoid(infer, row)
-            if not self._has_others(infer, row) and not self._dispatcher.move_on(infer):
+            if self._has_others(infer, row):
+                self._dispatcher.enter_phase(infer)  # it begins anew: this wake may have taken all that there was of it
+            elif not self._dispatcher.move_on(infer):
                 self._dispatcher.settle(infer, "failed", type(error)(error.message))
         # Only now: with its wake gone, the end of the first would have woken the row again for the rest.
         row.wake = None

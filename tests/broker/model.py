@@ -11,7 +11,7 @@ Statuses are words; a caller's end is (outcome, code, phase); a refusal is the s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 #: The times and bounds of the broker under test, in its own names.
@@ -40,6 +40,8 @@ BOUNDS = {
 }
 
 NEVER = float("inf")
+#: Of a publisher itself: nothing has been generated, and another may be asked.
+REFUSALS = (429, 503)
 
 
 class Refused(Exception):
@@ -70,7 +72,7 @@ class Task:
     """An infer or a wake; `channel` None: it has not been sent."""
 
     key: str
-    row: Row
+    row: Row | None = None  # an infer that waits has none
     channel: Channel | None = None
     over: bool = False
     turn: int = 0  # which frame of all it was
@@ -86,6 +88,12 @@ class Task:
 
 @dataclass(eq=False)
 class Infer(Task):
+    asked: str = ""
+    pool: Pool | None = None  # where it waits, or waited,
+    only: str | None = None  # and for which row alone
+    refused: set[str] = field(default_factory=set)  # rows that would not have it
+    kept: bytes | None = None  # an answer of 429 or 503, while another row may still have it,
+    kept_status: int = 0  # and which of them
     stream: bool = False
     reads: bool = True
     phase: str = "queue"
@@ -116,6 +124,15 @@ class Stop:
 
 
 @dataclass(eq=False)
+class Pool:
+    """Rows, and all who wait for any or for one of them; a row without a pool has one of its own."""
+
+    name: str | None
+    rows: list[Row] = field(default_factory=list)
+    line: list[Infer] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class Row:
     name: str
     owner: str
@@ -128,10 +145,28 @@ class Row:
     slots: int | None = None
     wake_s: float | None = None
     drains: bool = False  # its publisher lets what is cancelled finish
-    waiting: list[Infer] = field(default_factory=list)
+    pool: Pool = field(default_factory=lambda: Pool(None))
+    hold: str | None = None  # an operator's
+    paused: bool = False  # by its publisher
     sent: list[Infer] = field(default_factory=list)
     stops: list[Stop] = field(default_factory=list)
     wake: Task | None = None
+
+    def __post_init__(self) -> None:
+        self.pool.rows.append(self)
+
+    @property
+    def waiting(self) -> list[Infer]:
+        """Who asked for it by its name."""
+        return [infer for infer in self.pool.line if infer.only == self.name]
+
+    @property
+    def held(self) -> bool:
+        return self.paused or self.hold is not None
+
+    @property
+    def stands_still(self) -> bool:
+        return self.paused or self.hold == "pause"
 
     @property
     def free(self) -> bool:
@@ -177,6 +212,8 @@ class Model:
         self.released: list[tuple[str, str]] = []  # infers whose slots were held after their ends, and until what
         self.numbers: dict[str, int] = {}
         self.turn = 0
+        self.pick: str | None = None  # the row that the broker has sent the infer to that it was just told of
+        self.moved: dict[str, Task] = {}  # by infer, what was last refused of it
         self.begin()
 
     def begin(self) -> None:
@@ -209,8 +246,36 @@ class Model:
     def stops(self) -> list[Stop]:
         return [s for r in self.rows.values() for s in r.stops]
 
+    def pools(self) -> list[Pool]:
+        found: list[Pool] = []
+        for row in self.rows.values():
+            if row.pool not in found:
+                found.append(row.pool)
+        return found
+
+    def find_pool(self, name: str) -> Pool | None:
+        return next((pool for pool in self.pools() if pool.name == name), None)
+
     def waiting(self) -> list[Infer]:
-        return [i for r in self.rows.values() for i in r.waiting]
+        return [infer for pool in self.pools() for infer in pool.line]
+
+    def is_reachable(self, row: Row) -> bool:
+        session = self.sessions.get(row.session or "")
+        return row.live and session is not None and (session.channel or session.pending) is not None
+
+    def is_routable(self, row: Row) -> bool:
+        return self.is_reachable(row) and not row.held
+
+    def is_hopeful(self, row: Row, infer: Infer) -> bool:
+        """A pause may end, and a drained row still serves whoever has asked for it by name."""
+        return self.is_reachable(row) and (infer.only is not None or row.hold != "drain")
+
+    def candidates(self, infer: Infer) -> list[Row]:
+        rows = infer.pool.rows
+        return [r for r in rows if r.name == infer.only or (infer.only is None and r.name not in infer.refused)]
+
+    def can_move(self, infer: Infer) -> bool:
+        return not infer.headed and infer.only is None and len(infer.pool.rows) > len(infer.refused) + 1
 
     def channel_of(self, row: Row) -> Channel | None:
         session = self.sessions.get(row.session or "")
@@ -264,6 +329,9 @@ class Model:
                 wrong.add("llm_is_public")
             elif row is not None and (row.owner != owner or (row.session != name and row.live)):
                 wrong.add("llm_name_taken")
+            pool = None if spec.pool is None else self.find_pool(spec.pool)
+            if pool is not None and pool.rows[0].owner != owner:
+                wrong.add("llm_name_taken")
         if wrong:
             raise Refused(*wrong)
         if session is None:
@@ -286,11 +354,28 @@ class Model:
             if gone:  # it was asked of another, whose row this no longer is
                 self._end_wake(row.wake, "lost", "model_offline", cancel="client_disconnected")
             row.session = session.name
+        self._join(row, spec.pool)
         row.slots, row.wake_s, row.drains = spec.slots, spec.wake_s, spec.drains
         if row.wake is not None and status == "active":
             self._end_wake(row.wake, "succeeded", by_publisher=True)
         self._revive(row, status)
         return status, outcome
+
+    def _join(self, row: Row, name: str | None) -> None:
+        """It is in this pool from now on, and whoever waits for it by name too."""
+        before = row.pool
+        if before.name == name:
+            return
+        named = row.waiting
+        pool = Pool(None) if name is None else self.find_pool(name) or Pool(name)
+        before.rows.remove(row)
+        before.line = [infer for infer in before.line if infer not in named]
+        pool.rows.append(row)
+        pool.line += named
+        for infer in named:
+            infer.pool = pool
+        row.pool = pool
+        self._strand(before)
 
     def heartbeat(self, name: str, owner: str, statuses: dict[str, str], tasks: list[str]) -> list[str]:
         session = self.find_session(name, owner)
@@ -374,9 +459,12 @@ class Model:
         for task in on_it:
             if isinstance(task, Infer) and task not in again:
                 self._end(task, "failed", "publisher_disconnected")
-        for infer in again:
-            if not infer.row.live:  # it was withdrawn before
-                self._end(infer, "failed", "model_offline")
+        for infer in reversed(again):
+            if not infer.over and infer.channel is None:
+                if not any(row.live for row in self.candidates(infer)):  # they were withdrawn before
+                    self._strand(infer.pool)
+                else:
+                    self._pump_pool(infer.pool)
         if session.channel is None and session.pending is None:
             for row in self.rows_of(session):
                 self._lose(row)
@@ -402,102 +490,222 @@ class Model:
     def _revive(self, row: Row, status: str) -> None:
         """It is `status` from now on, and a sign of life came with it."""
         row.status, row.remembers, row.since, row.beat = status, None, None, self.now
+        self._review_phases(row.pool)
         self._pump(row)
 
     def _lose(self, row: Row) -> None:
         if row.live:
             row.status, row.remembers, row.since = "inactive", row.status, self.now
-            for infer in list(row.waiting):
-                self._end(infer, "failed", "publisher_disconnected" if infer.phase == "wake" else "model_offline")
+            self._strand(row.pool, lost=True)
+            self._review_phases(row.pool)
 
     def _withdraw(self, row: Row) -> None:
         if row.live:
             row.since = self.now
         row.status, row.remembers = "inactive", None
-        for infer in list(row.waiting):
-            self._end(infer, "failed", "model_offline")
+        self._strand(row.pool)
+        self._review_phases(row.pool)
+
+    def _strand(self, pool: Pool, *, lost: bool = False) -> None:
+        """Whoever waits there and has nobody to hope for is offline; for the others another may have to be woken."""
+        for infer in list(pool.line):
+            if not any(self.is_hopeful(row, infer) for row in self.candidates(infer)):
+                waking = lost and infer.phase == "wake"
+                self._end(infer, "failed", "publisher_disconnected" if waking else "model_offline")
+        self._consider(pool)
 
     def _remove_row(self, row: Row) -> None:
-        for infer in list(row.waiting):
+        for infer in row.waiting:
             self._end(infer, "failed", "model_offline")
+        del self.rows[row.name]
+        before, row.pool = row.pool, Pool(None)
+        before.rows.remove(row)
         if row.wake is not None:
             self._end_wake(row.wake, "lost", "model_offline", cancel="shutdown")
         for infer in list(row.sent):
             self._end(infer, "failed", "publisher_disconnected", cancel="shutdown")
         for stop in list(row.stops):
             self._release(stop, "lost")
-        del self.rows[row.name]
+        self._strand(before)
+
+    def hold(self, name: str, hold: str | None) -> None:
+        """An operator's, of a row or of a pool's rows; None: it ends."""
+        pool = self.find_pool(name)
+        rows = [self.rows[name]] if name in self.rows else list(pool.rows) if pool is not None else []
+        if not rows:
+            raise Refused("model_not_found")
+        changed = [row for row in rows if row.hold != hold]
+        for row in changed:
+            row.hold = hold
+        self._review(changed)
+
+    def pause(self, name: str, owner: str, paused: bool, rows: Collection[str]) -> None:
+        """All rows of a session, by its publisher. Whether it "has" one that was withdrawn long ago is left open: `rows`."""
+        session = self.find_session(name, owner)
+        theirs = [row for row in self.rows_of(session) if not row.withdrawn or row.name in rows]
+        changed = [row for row in theirs if row.paused != paused]
+        for row in changed:
+            row.paused = paused
+        self._review(changed)
+
+    def _review(self, rows: list[Row]) -> None:
+        for row in rows:
+            self._strand(row.pool)
+            self._pump(row)
+
+    def _review_phases(self, pool: Pool) -> None:
+        for infer in pool.line:
+            if self._phase(infer) != infer.phase:
+                self._wait(infer)
+
+    def _phase(self, infer: Infer) -> str:
+        statuses = {row.status for row in self.candidates(infer)}
+        return "wake" if "active" not in statuses and "hibernating" in statuses else "queue"
 
     def _pump(self, row: Row) -> None:
-        """Those who wait go as far as they can."""
+        """Those who wait for a row go as far as they can."""
         channel = self.channel_of(row)
-        if row.status == "active":
-            for infer in row.waiting:
-                if infer.phase == "wake":
-                    self._wait(infer, "queue")
-            while channel is not None and row.waiting and row.free:
-                self._send(row.waiting.pop(0), channel)
-        elif row.status == "hibernating":
-            for infer in row.waiting:
-                if infer.phase == "queue":
-                    self._wait(infer, "wake")
-            if channel is not None and row.waiting and row.wake is None:
-                self._start_wake(row, channel)
+        if channel is None or row.name not in self.rows:
+            return
+        if row.status == "active" and not row.stands_still:
+            while row.free and (infer := self._next(row)) is not None:
+                row.pool.line.remove(infer)
+                self._send(infer, row)
+        self._consider(row.pool)
+
+    def _pump_pool(self, pool: Pool) -> None:
+        for row in list(pool.rows):
+            self._pump(row)
+
+    def _next(self, row: Row) -> Infer | None:
+        drained = row.hold == "drain"
+        return next(
+            (i for i in row.pool.line if i.only == row.name or (not drained and row in self.candidates(i))), None
+        )
+
+    def _consider(self, pool: Pool) -> None:
+        """Wake what those who wait need: the row that one has named, or one of those that he may go to where none serves."""
+        for row in pool.rows:
+            if row.waiting and not row.stands_still:
+                self._want(row)
+        for infer in pool.line:
+            if infer.only is None:
+                rows = [row for row in self.candidates(infer) if self.is_routable(row)]
+                if not any(row.status == "active" or row.wake is not None for row in rows):
+                    asleep = [r for r in rows if r.status == "hibernating" and self.channel_of(r) is not None]
+                    if asleep:
+                        self._want(min(asleep, key=lambda row: (row.wake_s or TIMES["wake_s"], row.name)))
+
+    def _want(self, row: Row) -> None:
+        if row.status == "hibernating" and row.wake is None and (channel := self.channel_of(row)) is not None:
+            self._start_wake(row, channel)
 
     # Infers and wakes
 
-    def infer(self, name: str, stream: bool, reads: bool, late: bool) -> Infer | None:
-        """None: accepted, and offline at once. `late`: by what has been measured it would wait for longer than it can."""
+    def infer(self, name: str, stream: bool, reads: bool, late: bool, pick: str | None) -> Infer | None:
+        """None: accepted, and offline at once.
+
+        Args:
+            name: a row's or a pool's.
+            stream: as asked.
+            reads: whether its caller reads on.
+            late: by what has been measured it would wait for longer than it can.
+            pick: of several rows that are free, the one that the broker chose.
+        """
         if self.stopping:
             raise Refused("shutting_down")
-        if name not in self.rows:
+        row, pool = self.rows.get(name), self.find_pool(name)
+        if row is None and pool is None:
             raise Refused("model_not_found")
-        row = self.rows[name]
-        session = self.sessions.get(row.session or "")
-        reachable = row.live and session is not None and (session.channel or session.pending) is not None
-        channel = self.channel_of(row)
-        goes = reachable and row.status == "active" and channel is not None and row.free and not row.waiting
-        full = len(row.waiting) >= BOUNDS["max_waiting_per_llm"] or len(self.waiting()) >= BOUNDS["max_waiting"]
-        if reachable and (full or late) and not goes:
+        infer = Infer(self._key("i"), asked=name, stream=stream, reads=reads, total_until=self.now + TIMES["total_s"])
+        infer.pool, infer.only = (pool, None) if row is None else (row.pool, name)
+        place = self._place(infer, late, pick)
+        if place == "full":
             raise Refused("queue_full")
         self.counted["accepted"] += 1
-        if not reachable:
+        if place == "offline":
             self.counted["failed"] += 1
             self.offline += 1
             return None
-        infer = Infer(self._key("i"), row, stream=stream, reads=reads, total_until=self.now + TIMES["total_s"])
         self.tasks[infer.key] = infer
-        if goes:
-            self._send(infer, channel)
-        else:
-            row.waiting.append(infer)
-            self._wait(infer, "queue" if row.status == "active" else "wake")
-            self._pump(row)
+        self._go(infer, place)
         return infer
 
-    def _wait(self, infer: Infer, phase: str) -> None:
-        limit = TIMES["queue_s"] if phase == "queue" else max(TIMES["wake_s"], infer.row.wake_s or 0)
-        infer.phase, infer.phase_until = phase, self.now + limit
+    def _place(self, infer: Infer, late: bool, pick: str | None) -> Row | str:
+        """The row that it is sent to, or `queue`, `full`, `offline`."""
+        routable = [row for row in self.candidates(infer) if self.is_routable(row)]
+        if not routable:
+            return "offline"
+        line = infer.pool.line
+        before = [each for each in line if each.only is None or each.only == infer.only]
+        free = [r for r in routable if r.status == "active" and r.free and self.channel_of(r) is not None]
+        if free and not before:
+            assert pick is None or pick in {row.name for row in free}, (pick, free)
+            return next((row for row in free if row.name == pick), free[0])
+        same = [each for each in line if each.only == infer.only]
+        full = len(same) >= BOUNDS["max_waiting_per_llm"] or len(self.waiting()) >= BOUNDS["max_waiting"]
+        return "full" if full or late else "queue"
 
-    def _send(self, infer: Infer, channel: Channel) -> None:
-        row = infer.row
-        infer.channel, infer.sent_at, infer.phase, infer.taken = channel, self.now, "sent", False
+    def _go(self, infer: Infer, place: Row | str) -> None:
+        if isinstance(place, Row):
+            self._send(infer, place)
+            return
+        infer.pool.line.append(infer)
+        self._wait(infer)
+        self._consider(infer.pool)
+        for row in self.candidates(infer):
+            if row.status == "active" and row.free:
+                self._pump(row)
+
+    def _wait(self, infer: Infer) -> None:
+        infer.phase = self._phase(infer)
+        wakes = [row.wake_s or 0 for row in self.candidates(infer)]
+        limit = TIMES["queue_s"] if infer.phase == "queue" else max(TIMES["wake_s"], *wakes)
+        infer.phase_until = self.now + limit
+
+    def _send(self, infer: Infer, row: Row) -> None:
+        assert row.free, "invariant 3"
+        assert row.name not in infer.refused, "each is asked once"
+        channel = infer.channel = self.channel_of(row)
+        infer.row, infer.sent_at, infer.phase, infer.taken = row, self.now, "sent", False
         infer.attempts += 1
         infer.turn = self._next_turn()
-        assert row.free, "invariant 3"
         row.sent.append(infer)
         channel.send("infer", row.name, infer.key)
 
+    def _move(self, infer: Infer, pick: str | None) -> bool:
+        """Its publisher would not have it: another row of its pool may, if there is one."""
+        row, channel = infer.row, infer.channel
+        infer.refused.add(row.name)
+        place = self._place(infer, False, pick)
+        if place in ("full", "offline"):
+            infer.refused.discard(row.name)
+            return False
+        # What its publisher has had of it is over; under that name it is remembered.
+        old = Task(f"{infer.key}@{row.name}", row, channel, over=True)
+        self.tasks[old.key] = self.moved[infer.key] = old
+        channel.frames = [tuple(old.key if word == infer.key else word for word in frame) for frame in channel.frames]
+        self.sessions[channel.session].settled.append((old.key, True, self.now, self.step))
+        row.sent.remove(infer)
+        infer.row = infer.channel = infer.kept = None
+        infer.uploading = infer.pieces = infer.final = False
+        infer.body, infer.skip, infer.status = b"", 0, 200
+        self._go(infer, place)
+        self._pump(row)
+        return True
+
     def most_attempts(self, infer: Infer) -> int:
-        return 1
+        pool = self.find_pool(infer.asked)
+        return 1 if infer.asked in self.rows else 0 if pool is None else len(pool.rows)
 
     def _requeue(self, infer: Infer) -> None:
         """Its frame never left: it waits again, before all others."""
-        row = infer.row
-        row.sent.remove(infer)
-        infer.channel = None
-        row.waiting.insert(0, infer)
-        self._wait(infer, "wake" if row.status == "hibernating" else "queue")
+        infer.row.sent.remove(infer)
+        infer.row = infer.channel = None
+        row, pool = self.rows.get(infer.asked), self.find_pool(infer.asked)
+        infer.pool, infer.only = (pool, None) if row is None else (row.pool, row.name)
+        infer.pool.line.insert(0, infer)
+        self._wait(infer)
 
     def _withdraw_frame(self, task: Task) -> None:
         task.channel.frames = [f for f in task.channel.frames if f[0] not in ("infer", "wake") or f[2] != task.key]
@@ -505,11 +713,12 @@ class Model:
     def _end(self, infer: Infer, outcome: str, code: str, phase: str | None = None, **how: object) -> None:
         assert infer.key not in self.ends, "invariant 2"
         row = infer.row
-        (row.waiting if infer in row.waiting else row.sent).remove(infer)
+        (infer.pool.line if row is None else row.sent).remove(infer)
         self.ends[infer.key] = (outcome, code, phase)
         self.counted[outcome] += 1
         self._over(infer, **how)
-        self._pump(row)
+        if row is not None:
+            self._pump(row)
 
     def _over(self, task: Task, cancel: str | None = None, by_publisher: bool = False) -> None:
         task.over = True
@@ -579,12 +788,20 @@ class Model:
             if row.live:
                 self._revive(row, "active")
             return
-        waiters, row.waiting = [i for i in row.waiting if i.phase == "wake"], row.waiting
+        waiters = [i for i in row.pool.line if i.phase == "wake" and i.only in (None, row.name)]
         held, row.wake = row.wake, wake  # none of them begins another
         for infer in waiters:
-            self._end(infer, "failed", code)
+            if infer.only is None:  # whoever may go to another row does
+                infer.refused.add(row.name)
+                infer.pool.line.remove(infer)
+                infer.pool.line.append(infer)
+            if infer.only is None and any(self.is_routable(other) for other in self.candidates(infer)):
+                self._wait(infer)
+            else:
+                self._end(infer, "failed", code)
         row.wake = held
         self._pump(row)
+        self._consider(row.pool)
 
     def leave(self, infer: Infer) -> None:
         if not infer.over:
@@ -633,6 +850,10 @@ class Model:
     def _feed(self, task: Task, data: bytes) -> None:
         task.body += data
         if isinstance(task, Infer):
+            if task.kept is not None or (task.status in REFUSALS and self.can_move(task)):
+                task.kept, task.kept_status = (task.kept or b"") + data, task.kept_status or task.status
+                task.last_byte_at = self.now
+                return
             self._head(task)
             task.last_byte_at = self.now
             if not task.reads:
@@ -651,6 +872,10 @@ class Model:
         if not task.final:
             return
         if isinstance(task, Infer):
+            if task.kept is not None:
+                task.status = task.kept_status
+            if task.status in REFUSALS and self.can_move(task) and self._move(task, self.pick):
+                return
             self._head(task)
             self._end(task, "completed", "completed", by_publisher=True)
         elif 200 <= task.status <= 299:
@@ -665,8 +890,11 @@ class Model:
         if task.final and not task.over:
             self._fail(task)
 
-    def fail(self, key: str, owner: str) -> None:
-        self._fail(self.find_task(key, owner))
+    def fail(self, key: str, owner: str, status: int | None) -> None:
+        task = self.find_task(key, owner)
+        refuses = isinstance(task, Infer) and status in REFUSALS and self.can_move(task)
+        if not (refuses and self._move(task, self.pick)):
+            self._fail(task)
 
     def _fail(self, task: Task) -> None:
         if isinstance(task, Infer):
@@ -730,7 +958,7 @@ class Model:
         self.stopping, self.stop_at = True, self.now + grace_s
 
     def _is_quiet(self) -> bool:
-        return not any(r.waiting or r.sent for r in self.rows.values())
+        return not (self.waiting() or any(row.sent for row in self.rows.values()))
 
     def _stop(self) -> None:
         self.stopping = self.stopped = True
@@ -755,7 +983,7 @@ class Model:
         self._note_unused()
         self.begin()
         for row in self.rows.values():
-            row.waiting, row.sent, row.stops, row.wake = [], [], [], None
+            row.pool.line, row.sent, row.stops, row.wake = [], [], [], None
             self._lose(row)
         for session in self.sessions.values():
             session.settled = []
@@ -768,6 +996,8 @@ class Model:
         if infer.channel is None:
             ends.append((infer.phase_until, infer.phase))
         elif not infer.headed:
+            if infer.kept is not None:
+                ends.append((infer.last_byte_at + TIMES["idle_s"], "idle"))
             ends.append((infer.sent_at + TIMES["first_byte_s"] if infer.stream else NEVER, "first_byte"))
         else:
             ends.append((infer.unread_since + TIMES["peer_stall_s"], "stall"))
@@ -781,8 +1011,8 @@ class Model:
             if task.over:
                 continue
             if isinstance(task, Infer):
-                wake = task.row.wake
-                if task.channel is None and wake is not None and wake.due <= self.now:
+                wakes = [] if task.row is not None else [row.wake for row in self.candidates(task)]
+                if any(wake is not None and wake.due <= self.now for wake in wakes):
                     continue  # it is the wake that failed, for all who wait
                 due = self._due(task)[0]
                 found.append((due, task.key, lambda model, key=task.key: model._time_out(key)))
@@ -851,9 +1081,10 @@ class Model:
                 r.status,
                 r.remembers,
                 r.since,
-                tuple((i.key, i.phase) for i in r.waiting),
+                tuple((i.key, i.phase, len(i.refused)) for i in r.pool.line),
                 tuple(sorted((i.key, i.taken) for i in r.sent)),
                 frozenset(s.infer.key for s in r.stops),
+                r.wake is not None and (r.wake.key, r.wake.taken),
             )
             for r in self.rows.values()
         ]
@@ -877,3 +1108,4 @@ class Spec:
     slots: int | None = None
     wake_s: float | None = None
     drains: bool = False
+    pool: str | None = None

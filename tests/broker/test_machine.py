@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections.abc import Sequence
 
 import trio
 from hypothesis import HealthCheck, settings
@@ -25,6 +26,7 @@ from wakecall import BrokerConfig, InferRequest, LLMSpec, Status, WakecallError,
 from wakecall.broker import Broker
 from wakecall.errors import ModelOffline, TaskOver
 from wakecall.frames import Frame
+from wakecall.health import Health
 from wakecall.models import Event, InferSettled, SlotReleased, WakeSettled
 from wakecall.placement import estimate_wait
 from wakecall.session import Channel
@@ -48,6 +50,10 @@ names = st.sampled_from(NAMES)
 statuses = st.sampled_from(["active", "hibernating"])
 
 
+#: Whether rows are in pools is the machine's: see there.
+pool = st.runner().flatmap(lambda machine: st.sampled_from(machine.pools))
+
+
 def some_specs(*names, min_size=1):
     spec = st.builds(
         theory.Spec,
@@ -56,6 +62,7 @@ def some_specs(*names, min_size=1):
         slots=st.sampled_from([None, 1, 1, 2]),
         wake_s=st.sampled_from([None, None, 25.0, 55.0]),
         drains=st.sampled_from([False, False, False, True]),
+        pool=pool,
     )
     return st.lists(spec, unique_by=lambda spec: spec.name, min_size=min_size, max_size=4)
 
@@ -108,14 +115,15 @@ def absent(machine):
 def with_callers(machine):
     """Sessions, those without a channel most often, and those whose rows are waited for: they are superseded."""
     model = machine.model
-    return [*absent(machine), *[i.row.session for i in model.waiting()] * 8]
+    return [*absent(machine), *[row.session for i in model.waiting() for row in model.candidates(i)] * 8]
 
 
 def callable_rows(machine):
     """Names, those of rows that can be called most often."""
     model = machine.model
     live = [r.name for r in model.rows.values() if r.live and model.channel_of(r) is not None]
-    return [*NAMES, *live * 6]
+    pools = [pool.name for pool in model.pools() if pool.name is not None and any(row.name in live for row in pool.rows)]
+    return [*NAMES, *live * 6, *pools * 18]
 
 
 sessions = chosen(known)
@@ -182,6 +190,9 @@ class Line:
 
 
 class Machine(RuleBasedStateMachine):
+    #: The pools that a row may be in.
+    pools: Sequence[str | None] = (None,)
+
     def __init__(self) -> None:
         super().__init__()
         self.stage = Stage()
@@ -259,13 +270,17 @@ class Machine(RuleBasedStateMachine):
         expected = refused = answer = error = None
         self.model.step += 1
         try:
-            expected = ask_model()
-        except theory.Refused as raised:
-            refused = raised
-        try:
             answer = ask_broker()
         except WakecallError as raised:
             error = raised
+        infer = self.callers[task].infer if task in self.callers else None
+        self.model.pick = None if infer is None or infer.row is None else infer.row.llm.name
+        try:
+            expected = ask_model()
+        except theory.Refused as raised:
+            refused = raised
+        if infer is not None and task in self.model.moved:
+            self.note_moved(task, infer.task_id)
         if refused is not None and (error is not None or not refused.perhaps):
             assert error is not None, f"refused by the model alone: {refused}"
             assert error.code in refused.codes, (error.code, refused.codes)
@@ -276,6 +291,15 @@ class Machine(RuleBasedStateMachine):
         if settle:
             self.check()
         return expected, answer
+
+    def note_moved(self, key, task_id):
+        """An infer has been refused, and goes by another name now; by its old one it is over."""
+        old = self.model.moved.pop(key)
+        assert task_id != self.ids[key]
+        self.ids[old.key], self.keys[self.ids[key]] = self.ids[key], old.key
+        self.ids[key], self.keys[task_id] = task_id, key
+        if (upload := self.uploads.pop(key, None)) is not None:
+            upload.abort()
 
     def check(self) -> None:
         """Everything moves, and is as the model says."""
@@ -329,7 +353,7 @@ class Machine(RuleBasedStateMachine):
         """A row is withdrawn, whatever it is at, and turns up at another session of its owner, or tries to."""
         row = self.model.rows[name]
         holder = self.model.sessions[row.session]
-        others = [theory.Spec(r.name, slots=r.slots) for r in self.model.rows_of(holder) if r.live and r is not row]
+        others = [theory.Spec(r.name, slots=r.slots, pool=r.pool.name) for r in self.model.rows_of(holder) if r.live and r is not row]
         self.register(holder.name, holder.owner != OWNERS[holder.name], others)
         self.register(to, False, [theory.Spec(name)])
 
@@ -389,15 +413,19 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=chosen(callable_rows), stream=st.booleans(), reads=st.sampled_from([True, True, False]), settle=settles)
     def infer(self, name, stream, reads, settle):
+        late = self.stage.do(self.would_be_late, name)
+        picked = []
+
         def ask_broker():
             try:
-                return self.stage.do(self.broker.infer_nowait, name, InferRequest("/v1/x", b"{}", stream=stream))
+                infer = self.stage.do(self.broker.infer_nowait, name, InferRequest("/v1/x", b"{}", stream=stream))
             except ModelOffline:
                 return None  # accepted all the same
+            picked.append(None if infer.row is None else infer.row.llm.name)
+            return infer
 
-        late = self.stage.do(self.would_be_late, name)
         expected, answer = self.ask(
-            lambda: self.model.infer(name, stream, reads, late),
+            lambda: self.model.infer(name, stream, reads, late, picked[0] if picked else None),
             ask_broker,
             settle=False,
         )
@@ -415,7 +443,8 @@ class Machine(RuleBasedStateMachine):
         if row is None:
             return False
         load = self.broker._dispatcher.placer.load_of(row, trio.current_time())
-        wait_s = estimate_wait([load], len(self.model.rows[name].waiting))
+        line = [i for i in self.model.rows[name].pool.line if i.only in (None, name)]
+        wait_s = estimate_wait([load], len(line))
         return wait_s is not None and wait_s > min(CONFIG.queue_s, CONFIG.total_s)
 
     @rule(name=chosen(callable_rows), count=st.integers(2, 4))
@@ -489,7 +518,7 @@ class Machine(RuleBasedStateMachine):
     # Results
 
     @precondition(sent)
-    @rule(task=chosen(lambda m: free(m) or sent(m)), data=pieces, status=st.sampled_from([200, 200, 204, 404, 500]))
+    @rule(task=chosen(lambda m: free(m) or sent(m)), data=pieces, status=st.sampled_from([200, 200, 204, 404, 429, 500, 503]))
     def answer(self, task, data, status):
         """Whole, at once."""
         if getattr(self.model.tasks[task], "full", False):
@@ -501,7 +530,7 @@ class Machine(RuleBasedStateMachine):
         task=chosen(lambda m: [*any_task(m), *free(m) * 3]),
         stranger=seldom,
         data=pieces,
-        status=st.sampled_from([200, 500]),
+        status=st.sampled_from([200, 200, 500, 503]),
         back=st.sampled_from([None, 0, 0, 0, 2, -3]),
         final=st.booleans(),
     )
@@ -607,7 +636,7 @@ class Machine(RuleBasedStateMachine):
             with upload:
                 await upload.finish()
 
-        self.ask(lambda: self.model.finish(self.model.tasks[task]), lambda: self.stage.wait(finish))
+        self.ask(lambda: self.model.finish(self.model.tasks[task]), lambda: self.stage.wait(finish), task=task)
 
     @precondition(moving)
     @rule(task=chosen(moving))
@@ -619,12 +648,17 @@ class Machine(RuleBasedStateMachine):
         self.ask(lambda: self.model.abort(self.model.tasks[task]), lambda: self.stage.do(upload.abort))
 
     @precondition(any_task)
-    @rule(task=chosen(lambda m: sent(m) or any_task(m)), stranger=seldom, settle=settles)
-    def fail(self, task, stranger, settle):
+    @rule(
+        task=chosen(lambda m: sent(m) or any_task(m)),
+        stranger=seldom,
+        status=st.sampled_from([None, 429, 500, 503]),
+        settle=settles,
+    )
+    def fail(self, task, stranger, status, settle):
         task_id, owner = self.id_of(task), self.owner_of(task, stranger)
         self.ask(
-            lambda: self.model.fail(task, owner),
-            lambda: self.stage.do(lambda: self.broker.fail(task_id, "no", owner=owner)),
+            lambda: self.model.fail(task, owner, status),
+            lambda: self.stage.do(lambda: self.broker.fail(task_id, "no", status=status, owner=owner)),
             settle=settle,
             task=task,
         )
@@ -813,9 +847,19 @@ class Machine(RuleBasedStateMachine):
             assert {r.name for r in rows if not r.withdrawn} <= set(view.llms) <= {r.name for r in rows}, name
         assert counted.channels == sum(s.channel is not None for s in model.sessions.values())
 
-        assert {view.llm.name: self.seen_row(view) for view in broker.llm_views()} == {
-            row.name: self.expected_row(model, row) for row in model.rows.values()
-        }
+        views = {view.llm.name: self.seen_row(view) for view in broker.llm_views()}
+        assert views.keys() == model.rows.keys()
+        for name, seen in views.items():
+            expected = self.expected_row(model, model.rows[name])
+            wrong = {word: (seen[word], expected[word]) for word in seen if seen[word] != expected[word]}
+            assert not wrong, (name, wrong)
+        # Of a pool's rows which is asked first is the broker's business.
+        for pool in model.pools():
+            if pool.name is not None:
+                theirs = broker._directory.pools[pool.name]
+                assert {row.name for row in pool.rows} == set(theirs.rows)
+                pool.rows.sort(key=lambda row, order=list(theirs.rows): order.index(row.name))
+        assert {view.name for view in broker.pool_views()} == {p.name for p in model.pools() if p.name is not None}
         # At rest the store has what memory has.
         assert self.store._llms == {llm.name: llm for llm in broker.llms()}
         assert self.store._sessions == {name: view.record for name, view in known.items()}
@@ -826,12 +870,14 @@ class Machine(RuleBasedStateMachine):
             state = "sent"
             if isinstance(task, theory.Infer):
                 state = "answering" if task.headed else {"queue": "queued", "wake": "waking"}.get(task.phase, "sent")
-            expected[task.key if task.key in self.ids else "wake"] = (task.row.name, state)
+            name = task.row.name if task.row is not None else task.only or task.pool.name
+            expected[task.key if task.key in self.ids else "wake"] = (name, state)
         assert tasks == expected
 
         # Nothing grows without bound (5), and only what waits or was sent has a deadline.
         directory = broker._directory
-        assert directory.waiting_deadlines.armed == counted.waiting
+        probes = sum(pool.probe is not None for pool in {row.pool for row in directory.rows.values()})
+        assert directory.waiting_deadlines.armed == counted.waiting + probes
         assert len(directory.settled) == sum(len(s.settled) for s in directory.sessions.values())
         assert all(len(s.settled) <= CONFIG.max_settled_per_session for s in directory.sessions.values())
         for session in directory.sessions.values():
@@ -860,6 +906,8 @@ class Machine(RuleBasedStateMachine):
             "waiting": view.waiting,
             "waking": view.waking,
             "routable": view.routable,
+            "pool": llm.pool,
+            "held": (llm.hold, llm.paused),
         }
 
     def expected_row(self, model, row):
@@ -876,7 +924,9 @@ class Machine(RuleBasedStateMachine):
             "stopping": len(row.stops),
             "waiting": len(row.waiting),
             "waking": row.wake is not None,
-            "routable": row.live and model.channel_of(row) is not None,
+            "routable": row.live and model.channel_of(row) is not None and not row.held,
+            "pool": row.pool.name,
+            "held": (row.hold, row.paused),
         }
 
     def compare_frames(self, model: theory.Model) -> None:
@@ -974,19 +1024,50 @@ class Machine(RuleBasedStateMachine):
                 max_concurrency=s.slots,
                 wake_s=s.wake_s,
                 cancel="drain" if s.drains else "abort",
+                pool=s.pool,
             )
             for s in specs
         ]
 
 
+class PooledMachine(Machine):
+    """Rows in pools, and rows that are held.
+
+    What a row's health has to do with the choice among several is `test_placement`'s and `test_health`'s: here all are as
+    good as new for ever, so that whoever has a slot takes whoever waits, and no estimate is made.
+    """
+
+    pools = (None, "p", "p", "p", "q")
+
+    @rule(name=chosen(callable_rows), hold=st.sampled_from(["drain", "pause", None, None]))
+    def hold(self, name, hold):
+        self.ask(
+            lambda: self.model.hold(name, hold),
+            lambda: self.stage.wait(
+                lambda: self.broker.resume(name) if hold is None else self.broker.hold(name, hold)
+            ),
+        )
+
+    @rule(session=sessions, stranger=seldom, paused=st.sampled_from([True, False, False]))
+    def pause(self, session, stranger, paused):
+        owner = self.owner(session, stranger)
+        views = {view.record.session_id: view.llms for view in self.broker.session_views()}
+        self.ask(
+            lambda: self.model.pause(session, owner, paused, views.get(session, ())),
+            lambda: self.stage.wait(
+                lambda: (self.broker.pause_session if paused else self.broker.resume_session)(session, owner=owner)
+            ),
+        )
+
+
 EXAMPLES = os.environ.get("WAKECALL_MACHINE_EXAMPLES")
 
 
-def test_the_broker_does_what_the_model_says_in_any_order():
+def play(machine, examples):
     run_state_machine_as_test(
-        Machine,
+        machine,
         settings=settings(
-            max_examples=int(EXAMPLES or 200),
+            max_examples=int(EXAMPLES or examples),
             stateful_step_count=50,
             # The same examples each time, unless someone has come to search.
             derandomize=EXAMPLES is None,
@@ -996,3 +1077,13 @@ def test_the_broker_does_what_the_model_says_in_any_order():
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_the_broker_does_what_the_model_says_in_any_order():
+    play(Machine, 120)
+
+
+def test_the_broker_does_what_the_model_says_of_pools_and_holds(monkeypatch):
+    for name in ("note_failure", "note_success", "note_first_byte", "note_wake"):
+        monkeypatch.setattr(Health, name, lambda *_: None)
+    play(PooledMachine, 120)
