@@ -376,7 +376,9 @@ class Directory:
     def hand_over_row(self, row: Row, owner: str) -> None:
         """A row is another owner's from now on."""
         self._count_row(row.llm, -1)
-        self._leave_pool(row)  # a pool is one owner's
+        if row.pool.name is not None:
+            self._leave_pool(row)  # a pool is one owner's
+        row.pool.owner = owner  # and whoever waits for a row that has none goes on to wait for it
         self.change_row(row, owner=owner, pool=None)
         self._count_row(row.llm, 1)
 

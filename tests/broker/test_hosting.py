@@ -107,6 +107,22 @@ async def test_its_slots_are_counted_and_who_comes_first_goes_first(autojump_clo
         assert [call.body for call in calls] == [b"1", b"2", b"2", b"2", None]
 
 
+async def test_who_waits_for_it_is_served_though_it_becomes_anothers(autojump_clock, nursery, upstream):
+    """Their line is the row's own, and goes with it: with another one they would be in none, and their deadline would find
+    no row (which was the end of the broker)."""
+    async with open_test_broker(upstream=upstream) as broker:
+        await put(broker, max_concurrency=1, queue_s=5)
+        calls = await start_calls(nursery, broker, 3, "gpt")
+        await broker.hand_over_llm("gpt", "anna")
+        assert (view(broker, "gpt").in_flight, view(broker, "gpt").waiting) == (1, 2)
+        first = await upstream.next()
+        first.answer(b"1")
+        await upstream.next()
+        for call in (calls[0], calls[2]):
+            await call.over.wait()
+        assert (calls[0].body, calls[2].code) == (b"1", "deadline_exceeded")
+
+
 async def test_more_slots_are_used_as_soon_as_there_are_more(autojump_clock, nursery, upstream):
     async with open_test_broker(upstream=upstream) as broker:
         await put(broker, max_concurrency=1)
