@@ -110,7 +110,7 @@ class Dispatcher(Infers):
         for infer in list(row.pool.line):
             if infer.only == row.llm.name and not self.move_on(infer):
                 self.settle(infer, "failed", ModelOffline())
-        # First of all: else whoever waits for its pool would be sent to each slot that is freed here, or have it woken again.
+        # First of all: else whoever waits for its pool would be sent to each slot that is freed here, or have it woken.
         self.move_row(row, None)
         if row.wake is not None:
             self.waker.settle(row.wake, "lost", ModelOffline(), cancel="shutdown")
