@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -75,6 +75,11 @@ async def serve_answer(status: int, body: bytes) -> AsyncIterator[tuple[str, lis
             heard.append(bytes(await stream.receive_some()))
             head = f"HTTP/1.1 {status} x\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
             await stream.send_all(head.encode() + body)
+            # What it has not read would make its closing a reset, and that may overtake the answer.
+            with suppress(trio.BrokenResourceError):
+                await stream.send_eof()
+                while await stream.receive_some():
+                    pass
 
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(partial(trio.serve_tcp, answer, 0, host="127.0.0.1"))
