@@ -58,7 +58,7 @@ class Pool:
 
     def __init__(self, name: str | None, owner: str) -> None:
         self.name: Final = name
-        self.owner: Final = owner
+        self.owner = owner
         self.rows: dict[str, Row] = {}
         self.line: Final[FairLine[Infer]] = FairLine()
         self.sent = 0  # infers that have gone to any of its rows

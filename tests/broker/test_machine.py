@@ -122,7 +122,9 @@ def callable_rows(machine):
     """Names, those of rows that can be called most often."""
     model = machine.model
     live = [r.name for r in model.rows.values() if r.live and model.channel_of(r) is not None]
-    pools = [pool.name for pool in model.pools() if pool.name is not None and any(row.name in live for row in pool.rows)]
+    pools = [
+        pool.name for pool in model.pools() if pool.name is not None and any(row.name in live for row in pool.rows)
+    ]
     return [*NAMES, *live * 6, *pools * 18]
 
 
@@ -353,7 +355,11 @@ class Machine(RuleBasedStateMachine):
         """A row is withdrawn, whatever it is at, and turns up at another session of its owner, or tries to."""
         row = self.model.rows[name]
         holder = self.model.sessions[row.session]
-        others = [theory.Spec(r.name, slots=r.slots, pool=r.pool.name) for r in self.model.rows_of(holder) if r.live and r is not row]
+        others = [
+            theory.Spec(r.name, slots=r.slots, pool=r.pool.name)
+            for r in self.model.rows_of(holder)
+            if r.live and r is not row
+        ]
         self.register(holder.name, holder.owner != OWNERS[holder.name], others)
         self.register(to, False, [theory.Spec(name)])
 
@@ -518,7 +524,11 @@ class Machine(RuleBasedStateMachine):
     # Results
 
     @precondition(sent)
-    @rule(task=chosen(lambda m: free(m) or sent(m)), data=pieces, status=st.sampled_from([200, 200, 204, 404, 429, 500, 503]))
+    @rule(
+        task=chosen(lambda m: free(m) or sent(m)),
+        data=pieces,
+        status=st.sampled_from([200, 200, 204, 404, 429, 500, 503]),
+    )
     def answer(self, task, data, status):
         """Whole, at once."""
         if getattr(self.model.tasks[task], "full", False):
@@ -1043,9 +1053,7 @@ class PooledMachine(Machine):
     def hold(self, name, hold):
         self.ask(
             lambda: self.model.hold(name, hold),
-            lambda: self.stage.wait(
-                lambda: self.broker.resume(name) if hold is None else self.broker.hold(name, hold)
-            ),
+            lambda: self.stage.wait(lambda: self.broker.resume(name) if hold is None else self.broker.hold(name, hold)),
         )
 
     @rule(session=sessions, stranger=seldom, paused=st.sampled_from([True, False, False]))
