@@ -310,6 +310,9 @@ class Registry:
             if channel.ended is not None:
                 break  # by what its rows had to say at once: nobody is there to revive the rest
             self._dispatcher.step(row, RowEvent.REVIVE, bump=True)
+        # While there was no channel nobody's turn could come, and whoever was to make way may have nobody to make way for.
+        for group in dict.fromkeys(row.llm.group for row in session.rows.values() if row.llm.group is not None):
+            self._dispatcher.waker.review_group(session, group)
 
     def pump_rows(self, channel: Channel) -> None:
         """A channel has room for further infers."""

@@ -325,6 +325,28 @@ async def test_a_wake_outlives_its_waiters_and_its_row_may_have_its_residence(au
         assert wakes(box) == [("b", ["a"]), ("a", ["b"])]
 
 
+async def test_who_was_to_make_way_goes_on_when_nobody_wants_it_after_a_change_of_channels(autojump_clock):
+    """Whoever wanted it left between two channels, when nobody's turn can come."""
+    async with (
+        open_test_broker() as broker,
+        FakePublisher(broker, "box", group_of("a", "b", max_concurrency=2)) as box,
+        trio.open_nursery() as nursery,
+    ):
+        await trio.sleep(40)
+        start_call(nursery, broker, "a")
+        await box.next("infer")
+        wants = broker.infer_nowait("b", CALL)
+        broker.open_channel_nowait("box")  # its predecessor has ended and is not joined yet
+        wants.cancel()
+        await box.connect()
+        call = start_call(nursery, broker, "a")
+        await wait_all_tasks_blocked()
+        await box.answer((await box.next("infer")), b"a")
+        await call.over.wait()
+        assert (call.body, box.events("wake")) == (b"a", [])
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_channel_that_dies_in_the_middle_of_a_swap(autojump_clock):
     """Both are lost; the wake's waiters fail, and those of the other; it comes back as what it says."""
     async with (
