@@ -164,7 +164,7 @@ class Infers:
             if wake is not None and wake.deadline is not None and wake.deadline.due <= now:
                 # Two heaps, and no order between them: all who wait for it get the one answer.
                 self.waker.on_due(wake)
-                if infer.state is not InferState.WAITING or infer.deadline is None or infer.deadline.due > now:
+                if infer.state is not InferState.WAITING or min(infer.phase_until, infer.total_until) > now:
                     return
         phase: Phase = "total"
         if infer.phase_until < infer.total_until or infer.request.timeout_s is not None:

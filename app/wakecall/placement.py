@@ -189,10 +189,11 @@ def choose_wake(rows: Sequence[RowLoad], before: int) -> str | None:
     """Which sleeping row is to be woken for those who wait for any of these, if one is.
 
     1. One at a time: while one of them is waking, none.
-    2. Nobody serves: one is woken.
-    3. All that serve are full: one is woken if that is estimated to be quicker than to wait. (Where nothing has been
-       measured there is no estimate of the wait, and nobody is woken; a wake that has not been seen is taken to last a
-       quarter of what it may.)
+    2. Nobody serves: one is woken. (Whoever serves and is avoided counts, if those that sleep are avoided too: a wake that
+       fails at once would be tried again at once.)
+    3. All that serve are full: one is woken that is not avoided, if that is estimated to be quicker than to wait. (Where
+       nothing has been measured there is no estimate of the wait, and nobody is woken; a wake that has not been seen is
+       taken to last a quarter of what it may.)
 
     Of several: not avoided before avoided, then the quickest to wake.
 
@@ -207,9 +208,11 @@ def choose_wake(rows: Sequence[RowLoad], before: int) -> str | None:
         return None
     best = min(asleep, key=lambda row: (row.avoided, _wake_s(row), row.name))
     # 2
-    if not any(row.serves and not row.avoided for row in routable):
+    if not any(row.serves and (best.avoided or not row.avoided) for row in routable):
         return best.name
     # 3
+    if best.avoided:
+        return None
     wait_s = estimate_wait(routable, before)
     return best.name if wait_s is not None and _wake_s(best) < wait_s else None
 
@@ -221,12 +224,11 @@ def _wake_s(row: RowLoad) -> float:
 def estimate_wait(rows: Sequence[RowLoad], before: int) -> float | None:
     """Seconds until one that has `before` others before it is sent, if all goes on as it has; None: nothing is measured.
 
-    One that is unmeasured is taken to be as fast as those that are.
+    One that is unmeasured is taken to be as fast as those that are. One that is avoided counts where all are.
     """
     rate, measured, unmeasured = 0.0, 0, 0
-    for row in rows:
-        if not row.serves or row.avoided:
-            continue
+    serving = [row for row in rows if row.serves]
+    for row in [row for row in serving if not row.avoided] or serving:
         if row.service_s is None:
             unmeasured += row.slots
         else:

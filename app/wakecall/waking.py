@@ -203,7 +203,11 @@ class Waker:
         # 2
         wake.is_over = True
         name = row.llm.name
-        waiters = [infer for infer in row.pool.line if infer.phase == "wake" and infer.only in (None, name)]
+        waiters = [
+            infer
+            for infer in row.pool.line
+            if infer.phase == "wake" and infer.only in (None, name) and name not in infer.refused_by
+        ]
         if outcome == "succeeded":
             self._counters.wakes_succeeded += 1
             row.health.note_wake(now - wake.started_at)
@@ -228,7 +232,7 @@ class Waker:
         for infer in waiters:
             # Whoever may go elsewhere does; this row he has tried.
             self._dispatcher.avoid(infer, row)
-            if self._has_others(infer, row):
+            if self._has_others(infer):
                 self._dispatcher.enter_phase(infer)  # it begins anew: this wake may have taken all that there was of it
             elif not self._dispatcher.move_on(infer):
                 self._dispatcher.settle(infer, "failed", type(error)(error.message))
@@ -239,8 +243,8 @@ class Waker:
         if row.llm.group is not None and row.session is not None:
             self.review_group(row.session, row.llm.group)
 
-    def _has_others(self, infer: Infer, row: Row) -> bool:
-        """Whether one that waits for any row of a pool can be served by another than this one."""
+    def _has_others(self, infer: Infer) -> bool:
+        """Whether one that waits for any row of a pool can be served by another than those that he has tried."""
         if infer.only is not None or infer.pool is None:
             return False
         now = trio.current_time()

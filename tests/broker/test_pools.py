@@ -357,6 +357,70 @@ async def test_when_the_row_that_was_waited_for_is_gone_another_is_woken(autojum
             nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("fails_after_s", [10, None])
+async def test_the_wake_of_the_next_one_that_sleeps_has_a_time_of_its_own(autojump_clock, fails_after_s):
+    """Also after one that ran out of time, though whoever waits for it began to in the same instant."""
+    async with (
+        open_test_broker(BrokerConfig(wake_s=30)) as broker,
+        FakePublisher(broker, "one", pool_of("a", status=HIBERNATING)) as one,
+        FakePublisher(broker, "two", pool_of("b", status=HIBERNATING)) as two,
+        trio.open_nursery() as nursery,
+    ):
+        began = trio.current_time()
+        call = start_call(nursery, broker, "chat")
+        wake = await one.next("wake")
+        if fails_after_s is not None:
+            await trio.sleep(fails_after_s)
+            await one.answer(wake, b"no", status=500)
+        await two.next("wake", within_s=35)
+        second = trio.current_time()
+        assert second == began + (fails_after_s or 30)
+        await call.over.wait()
+        assert (call.code, call.over_at) == ("wake_timeout", second + 30)
+
+
+async def test_who_waits_for_a_slot_has_his_deadline_though_a_wake_ends_in_the_same_instant(autojump_clock):
+    """Repeated, for that is a race."""
+    for _ in range(8):
+        async with (
+            open_test_broker(BrokerConfig(queue_s=30)) as broker,
+            FakePublisher(broker, "one", pool_of("a")) as one,
+            FakePublisher(broker, "two", pool_of("b", status=HIBERNATING, wake_s=30)) as two,
+            trio.open_nursery() as nursery,
+        ):
+            start_call(nursery, broker, "a")
+            await one.next("infer")
+            began = trio.current_time()
+            sleeper, waits = start_call(nursery, broker, "b"), start_call(nursery, broker, "chat")
+            await two.next("wake")
+            with trio.fail_after(40):
+                await waits.over.wait()
+            await sleeper.over.wait()
+            assert (waits.code, waits.error.phase, waits.over_at - began) == ("deadline_exceeded", "queue", 30)
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_wake_that_fails_at_once_is_not_tried_again_at_once_for_those_who_wait_for_a_slot(autojump_clock):
+    async with (
+        open_test_broker(BrokerConfig(queue_s=60)) as broker,
+        FakePublisher(broker, "one", pool_of("a")) as one,
+        FakePublisher(broker, "two", pool_of("b", status=HIBERNATING, wake_s=4)) as two,
+        trio.open_nursery() as nursery,
+    ):
+        start_call(nursery, broker, "chat")
+        frame = await one.next("infer")
+        await trio.sleep(20)
+        await one.answer(frame)  # so long it takes: to wake the other is quicker
+        start_call(nursery, broker, "chat")
+        await one.next("infer")
+        waits = start_call(nursery, broker, "chat")
+        await two.answer(await two.next("wake"), b"no", status=500)
+        await trio.sleep(0.5)
+        assert len(two.events("wake")) == 1
+        assert not waits.over.is_set()
+        nursery.cancel_scope.cancel()
+
+
 async def test_handed_over_a_row_is_in_no_pool(autojump_clock):
     async with (
         open_test_broker() as broker,
