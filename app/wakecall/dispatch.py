@@ -82,13 +82,16 @@ class Dispatcher(Infers):
             if infer.state is InferState.SENT and infer.channel is channel:
                 failed += 1
                 self.settle(infer, "failed", ShutDownAtWork() if shutdown else PublisherDisconnected(), cancel=cancel)
+        pools = {}
         for infer in again:
             if infer.state is not InferState.WAITING or infer.pool is None:
                 continue
             if all(row.llm.status is Status.INACTIVE for row in self.placer.candidates(infer)):
                 self.strand(infer.pool)  # withdrawn before, and no step to come says so
             else:
-                self.pump_pool(infer.pool)  # others may have room for it now
+                pools[id(infer.pool)] = infer.pool
+        for pool in pools.values():
+            self.pump_pool(pool)  # others may have room for them now
         return failed
 
     def refuse_all_waiting(self, error: type[WakecallError]) -> None:

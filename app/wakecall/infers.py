@@ -151,10 +151,14 @@ class Infers:
 
     def review_phases(self, pool: Pool, row: Row | None = None) -> None:
         """Whoever waits there, for this row at the least, is in the phase that he is in now."""
+        awaited: dict[tuple[str | None, frozenset[str]], bool] = {}  # for thousands may wait for hundreds
         for infer in list(pool.line):
             if row is not None and infer.only is not None and infer.only != row.llm.name:
                 continue
-            if (infer.phase == "wake") is not self.waker.is_awaited(self.placer.candidates(infer)):
+            whom = infer.only, infer.refused_by
+            if whom not in awaited:
+                awaited[whom] = self.waker.is_awaited(self.placer.candidates(infer))
+            if (infer.phase == "wake") is not awaited[whom]:
                 self.enter_phase(infer)
 
     def _on_waiting_due(self, infer: Infer) -> None:
@@ -178,10 +182,14 @@ class Infers:
             pool: where they wait.
             lost: whether that was for its publisher's end.
         """
+        hopeful: dict[tuple[str | None, frozenset[str]], bool] = {}  # for thousands may wait for hundreds
         for infer in list(pool.line):
             if infer.pool is not pool or infer.state is not InferState.WAITING:
                 continue  # an earlier one's end has seen to it
-            if any(is_hopeful(row, infer) for row in self.placer.candidates(infer)):
+            whom = infer.only, infer.refused_by
+            if whom not in hopeful:
+                hopeful[whom] = any(is_hopeful(row, infer) for row in self.placer.candidates(infer))
+            if hopeful[whom]:
                 continue
             if not self.move_on(infer):
                 waking = lost and infer.phase == "wake"

@@ -130,7 +130,7 @@ class Operating(Core):
 
     def task_views(self) -> list[TaskView]:
         """All infers and wakes under way: those sent, then those that wait, oldest first."""
-        return views.view_tasks(self._directory, self._dispatcher.placer.place_of)
+        return views.view_tasks(self._directory, self._dispatcher.placer.places())
 
     async def put_public_llm(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import trio
@@ -148,11 +149,25 @@ class Placer:
     def place_of(self, infer: Infer) -> tuple[int, float | None] | None:
         """Which place in its line a waiting infer has (1: next), and about how many seconds it will wait, if that is known;
         None: it does not wait."""
-        if infer.state is not InferState.WAITING or infer.pool is None:
-            return None
+        return self.places()(infer)
+
+    def places(self) -> Callable[[Infer], tuple[int, float | None] | None]:
+        """`place_of`, for many at this one instant: what they wait for is looked at once."""
         now = trio.current_time()
-        before = infer.pool.line.ahead(infer)
-        return before + 1, estimate_wait([self.load_of(row, now) for row in self.candidates(infer)], before)
+        turns: dict[
+            tuple[int, str | None, frozenset[str]], float | None
+        ] = {}  # seconds until the first of them is sent
+
+        def place_of(infer: Infer) -> tuple[int, float | None] | None:
+            if infer.state is not InferState.WAITING or infer.pool is None:
+                return None
+            whom = id(infer.pool), infer.only, infer.refused_by
+            if whom not in turns:
+                turns[whom] = estimate_wait([self.load_of(row, now) for row in self.candidates(infer)], 0)
+            position, turn_s = infer.pool.line.ahead(infer) + 1, turns[whom]
+            return position, None if turn_s is None else position * turn_s
+
+        return place_of
 
     def is_alone(self, pool: Pool, now: float) -> bool:
         """Whether none of the rows of a pool that can be had is in good health, so that no penalty matters."""

@@ -10,6 +10,7 @@ from tests.broker.helpers import CALL, codes, start_call, start_calls, view
 from wakecall import BrokerConfig, InferRequest, LLMSpec, Status
 from wakecall.errors import InvalidRequest, LLMNameTaken, ModelNotFound, ModelOffline, QueueFull, TooMany
 from wakecall.models import Alias, PoolView
+from wakecall.placing import Placer
 from wakecall.testing import FakePublisher, open_test_broker
 
 ACTIVE, HIBERNATING = Status.ACTIVE, Status.HIBERNATING
@@ -418,6 +419,34 @@ async def test_a_wake_that_fails_at_once_is_not_tried_again_at_once_for_those_wh
         await trio.sleep(0.5)
         assert len(two.events("wake")) == 1
         assert not waits.over.is_set()
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_many_wait_for_is_looked_at_once_and_not_for_each_of_them(autojump_clock, monkeypatch):
+    """In numbers, not in seconds: one publisher's loss stood the loop still for as long as its rows times who waits."""
+    looks = Counter()
+    for look in (Placer.candidates, Placer.load_of):
+
+        def counted(self, *args, look=look):
+            looks[look.__name__] += 1
+            return look(self, *args)
+
+        monkeypatch.setattr(Placer, look.__name__, counted)
+    names = [f"row-{number}" for number in range(30)]
+    async with (
+        open_test_broker() as broker,
+        FakePublisher(broker, "many", pool_of(*names)) as many,
+        FakePublisher(broker, "one", pool_of("a")),
+        trio.open_nursery() as nursery,
+    ):
+        await start_calls(nursery, broker, 31 + 100, "chat")
+        looks.clear()
+        assert len(broker.task_views()) == 31 + 100
+        assert looks == {"candidates": 1, "load_of": 31}
+        looks.clear()
+        many.disconnect()
+        assert waiting(broker) == [100]
+        assert looks["candidates"] < 4 * len(names), "rows times who waits: 3,000"
         nursery.cancel_scope.cancel()
 
 
