@@ -485,14 +485,14 @@ class WakeSettled:
 class SlotReleased:
     """The slot of an infer that ended without its publisher is free.
 
-    `how`: the publisher `confirmed` that its engine has stopped, its heartbeat showed it (`reported`), it answered all the
-    same (`finished`), it is gone (`lost`), or none of these came in time (`expired`). `seconds` since the infer's end: how
-    long its engine worked for nobody, as far as that is known.
+    `how`: the publisher `confirmed` that its engine has stopped, its heartbeat showed it (`reported`), it is gone (`lost`),
+    or none of these came in time (`expired`). `seconds` since the infer's end: how long its engine worked for nobody, as far
+    as that is known.
     """
 
     task_id: str
     llm: str
-    how: Literal["confirmed", "reported", "finished", "lost", "expired"]
+    how: Literal["confirmed", "reported", "lost", "expired"]
     seconds: float
 
 

@@ -63,7 +63,7 @@ class Stops:
         channel.stopping[infer.task_id] = stopping
         channel.deadlines.arm(deadline, now + lease_s)
 
-    def release(self, stopping: Stopping, how: Literal["confirmed", "reported", "finished", "lost", "expired"]) -> None:
+    def release(self, stopping: Stopping, how: Literal["confirmed", "reported", "lost", "expired"]) -> None:
         """The slot of an infer that is over is free. Idempotent."""
         row, channel = stopping.row, stopping.channel
         if channel.stopping.pop(stopping.task_id, None) is None:

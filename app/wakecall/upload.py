@@ -181,8 +181,11 @@ class Intake:
         """
         task = self._directory.tasks.get(task_id)
         if task is None:
-            remembered = self._directory.recall(task_id)
-            if remembered is not None and remembered.owner == owner:
+            remembered, stopping = self._directory.recall(task_id), self._directory.held_slots.get(task_id)
+            theirs = remembered.owner if remembered is not None else None
+            if stopping is not None:
+                theirs = stopping.channel.session.record.owner  # a drained one may outlive what is remembered
+            if theirs == owner:
                 raise self.over_error(task_id)
             raise TaskNotFound
         assert task.channel is not None
@@ -194,6 +197,7 @@ class Intake:
         """What a publisher is told of a task that is over."""
         if (stopping := self._directory.held_slots.get(task_id)) is not None:
             stopping.answered = True
+            return TaskCancelled()
         remembered = self._directory.recall(task_id)
         if remembered is None:
             return TaskNotFound()

@@ -142,6 +142,28 @@ async def test_one_that_drains_holds_its_slot_until_its_engine_is_done(autojump_
         nursery.cancel_scope.cancel()
 
 
+async def test_one_that_drains_for_longer_than_outcomes_are_remembered_is_still_told(autojump_clock):
+    """Else its slot would stay taken for the whole time of an infer that is long over."""
+    async with (
+        open_test_broker(BrokerConfig(settled_memory_s=10, heartbeat_timeout_s=1000)) as broker,
+        FakePublisher(broker, "laptop", DRAINS) as publisher,
+        trio.open_nursery() as nursery,
+    ):
+        events = observe(broker)
+        task_id, _ = await leave_one(nursery, broker, publisher)
+        await trio.sleep(20)
+        with pytest.raises(TaskNotFound):
+            await broker.complete(task_id, b"theirs", owner="stranger")
+        await publisher.heartbeat()
+        assert view(broker).stopping == 1
+        with pytest.raises(TaskCancelled):
+            await broker.complete(task_id, b"done")
+        await publisher.heartbeat()
+        assert await is_sent(publisher)
+        assert released(events) == [("reported", 20)]
+        nursery.cancel_scope.cancel()
+
+
 async def test_one_that_drains_holds_it_no_longer_than_its_total(autojump_clock):
     async with (
         open_test_broker(BrokerConfig(total_s=100, queue_s=200, heartbeat_timeout_s=1000)) as broker,

@@ -24,7 +24,7 @@ _BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.
 _CODES: Final = frozenset(
     {"completed"} | {getattr(errors, name).code for name in errors.__all__ if isinstance(getattr(errors, name), type)}
 )
-_RELEASES: Final = ("confirmed", "reported", "finished", "lost", "expired")
+_RELEASES: Final = ("confirmed", "reported", "lost", "expired")
 _REASONS: Final = frozenset({"disconnected", "superseded", "stale", "goodbye", "evicted", "shutdown"})
 
 
