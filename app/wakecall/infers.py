@@ -249,7 +249,8 @@ class Infers:
         infer.attempts += 1
         infer.idle_s = row.llm.idle_s or self._config.idle_s
         if row.llm.total_s is not None:
-            infer.total_until = min(infer.total_until, infer.accepted_at + row.llm.total_s)
+            # From now on: he may have waited in the line of a pool for longer than that.
+            infer.total_until = min(infer.total_until, now + row.llm.total_s)
         directory.tasks[infer.task_id] = infer
         infer.deadline = Deadline(partial(self._on_sent_due, infer))
         channel.send_infer(infer, infer.next_due(self._config)[0])

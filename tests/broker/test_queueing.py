@@ -230,6 +230,27 @@ async def test_a_rows_budget_for_a_pause(autojump_clock, budget_s):
         nursery.cancel_scope.cancel()
 
 
+async def test_who_has_waited_for_a_pool_has_the_whole_budget_of_the_row_that_takes_him(autojump_clock):
+    rows = [LLMSpec("a", pool="chat", total_s=20, **ONE_SLOT), LLMSpec("b", pool="chat", **ONE_SLOT)]
+    async with (
+        open_test_broker() as broker,
+        FakePublisher(broker, "laptop", rows) as publisher,
+        trio.open_nursery() as nursery,
+    ):
+        calls = await start_calls(nursery, broker, 2, "chat")
+        frames = {frame.data["llm"]: frame for frame in [await publisher.next("infer") for _ in range(2)]}
+        assert (frames["a"].data["deadline_s"], frames["b"].data["deadline_s"]) == (20, 3600)
+        calls += await start_calls(nursery, broker, 2, "chat")
+        await trio.sleep(15)
+        await publisher.answer(frames["a"], b"x")
+        frame = await publisher.next("infer")
+        assert frame.data["deadline_s"] == 20
+        await trio.sleep(15)
+        await publisher.answer(frame, b"x")
+        assert (await publisher.next("infer")).data["deadline_s"] == 20, "though he came 30 s ago"
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("budget_s", [9.0, 5000.0])
 async def test_a_rows_budget_in_all(autojump_clock, budget_s):
     async with (
