@@ -85,6 +85,8 @@ class Placer:
         if waiting:
             key = None if infer.claim is None else infer.claim.caller.key_id
             before = line.ahead(infer) if infer in line else line.ahead_of_next(key, infer.request.priority)
+            if target.only is not None:
+                before = _before_at_row(before, line.count(target.only), _serving(pool))
             before = max(before, 1)  # whoever waits for what it would have goes first, if it can be had
         patience_s = min(self.queue_s(target), infer.total_until - now)
         load = LineLoad(before, waiting, self._room(infer, target), patience_s)
@@ -154,18 +156,21 @@ class Placer:
     def places(self) -> Callable[[Infer], tuple[int, float | None] | None]:
         """`place_of`, for many at this one instant: what they wait for is looked at once."""
         now = trio.current_time()
-        turns: dict[
-            tuple[int, str | None, frozenset[str]], float | None
-        ] = {}  # seconds until the first of them is sent
+        turns: dict[tuple[int, str | None, frozenset[str]], tuple[float | None, int]] = {}
 
         def place_of(infer: Infer) -> tuple[int, float | None] | None:
             if infer.state is not InferState.WAITING or infer.pool is None:
                 return None
-            whom = id(infer.pool), infer.only, infer.refused_by
+            pool, only = infer.pool, infer.only
+            whom = id(pool), only, infer.refused_by
             if whom not in turns:
-                turns[whom] = estimate_wait([self.load_of(row, now) for row in self.candidates(infer)], 0)
-            position, turn_s = infer.pool.line.ahead(infer) + 1, turns[whom]
-            return position, None if turn_s is None else position * turn_s
+                # Seconds until the first of them is sent, and how many rows share the line.
+                first_s = estimate_wait([self.load_of(row, now) for row in self.candidates(infer)], 0)
+                turns[whom] = first_s, _serving(pool)
+            turn_s, serving = turns[whom]
+            before = pool.line.ahead(infer)
+            at_row = before if only is None else _before_at_row(before, pool.line.count(only) - 1, serving)
+            return before + 1, None if turn_s is None else (at_row + 1) * turn_s
 
         return place_of
 
@@ -189,6 +194,22 @@ class Placer:
     def most_attempts(self, infer: Infer) -> int:
         targets = (self._directory.find_target(name) for name in infer.route)
         return sum(1 if target.only else len(target.pool.rows) for target in targets if target is not None)
+
+
+def _serving(pool: Pool) -> int:
+    return sum(1 for row in pool.rows.values() if row.llm.status is Status.ACTIVE)
+
+
+def _before_at_row(before: int, named: int, serving: int) -> int:
+    """How many of those that go before one that waits for a row by name will go to that row.
+
+    Args:
+        before: how many go before it, for whichever row of the pool.
+        named: how many others wait for that row by name.
+        serving: how many rows the others are shared among.
+    """
+    named = min(named, before)
+    return named + (before - named) // max(serving, 1)
 
 
 def is_hopeful(row: Row, infer: Infer) -> bool:

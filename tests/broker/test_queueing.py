@@ -80,6 +80,28 @@ async def test_whoever_would_be_out_of_time_is_refused_at_once(autojump_clock):
         nursery.cancel_scope.cancel()
 
 
+async def test_who_names_a_row_is_not_taken_to_wait_for_all_of_its_pool(autojump_clock):
+    """Ten rows, and forty who wait for any of them: four go before him to his own, and not forty."""
+    names = [f"row{number}" for number in range(10)]
+    async with (
+        open_test_broker() as broker,
+        FakePublisher(broker, "laptop", [LLMSpec(name, pool="chat", **ONE_SLOT) for name in names]) as publisher,
+        trio.open_nursery() as nursery,
+    ):
+        for name in names:
+            await measure(nursery, broker, publisher, 5, name)
+            await publisher.heartbeat()
+        await start_calls(nursery, broker, 50, "chat")
+        infer = broker.infer_nowait("row0", within(26))
+        assert broker.place_of(infer) == (41, pytest.approx(25))
+        with pytest.raises(QueueFull):
+            broker.infer_nowait("row0", within(24))
+        with pytest.raises(QueueFull):
+            broker.infer_nowait("row0", within(26))  # behind the other who named it
+        infer.cancel()
+        nursery.cancel_scope.cancel()
+
+
 async def test_where_nothing_is_measured_nobody_is_refused_for_an_estimate(autojump_clock):
     async with (
         open_test_broker() as broker,
@@ -154,7 +176,7 @@ async def test_in_a_pool_the_estimate_is_of_all_its_rows(autojump_clock):
         infers = [broker.infer_nowait("chat", CALL) for _ in range(4)]
         named = broker.infer_nowait("a", CALL)
         assert [broker.place_of(infer) for infer in infers[2:]] == [(1, 3), (2, 6)]
-        assert broker.place_of(named) == (3, 18)
+        assert broker.place_of(named) == (3, 12), "one of the two before him goes to the other row"
         assert [task.llm for task in broker.task_views() if task.position] == ["chat", "chat", "a"]
         for infer in (*infers, named):
             infer.cancel()
