@@ -61,6 +61,12 @@ class Dispatcher(Infers):
         self.review_phases(pool)
         self.pump_pool(pool)
 
+    def welcome(self, row: Row) -> None:
+        """A row has come: those who wait for its pool are its own too."""
+        if row.pool.line:
+            self.review_phases(row.pool, row)
+            self.pump(row)
+
     def lose_tasks(self, channel: Channel, *, shutdown: bool = False) -> int:
         """A channel has ended, or is about to: fail all that was sent on it and may be at work. What never left waits again.
 
@@ -142,3 +148,4 @@ class Dispatcher(Infers):
                 infer.pool = row.pool
                 self.placer.add_to_line(infer, Target(row.pool, infer.only), first=False)
         self.row_is_gone(before)
+        self.review_phases(row.pool, row)

@@ -195,7 +195,9 @@ class Infers:
                 waking = lost and infer.phase == "wake"
                 self.settle(infer, "failed", PublisherLostWhileWaking() if waking else ModelOffline())
         if pool.line:
-            self.waker.consider(pool)  # those who have one left may have to have it woken
+            # Those who have one left may have to have it woken.
+            self.review_phases(pool)
+            self.waker.consider(pool)
 
     def move_on(self, infer: Infer) -> bool:
         """Have one that waits go on to the names after the one that it waits for. Returns whether one of them has it."""

@@ -217,8 +217,7 @@ class Registry:
             state = lifecycle.step(lifecycle.ABSENT, _REGISTER[status])
             assert state.status is not None
             llm = LLM(spec.name, record.owner, state.status, created_at=now, last_heartbeat_at=now)
-            added = directory.add_row(_described(llm, spec, record.session_id), session)
-            self._dispatcher.pump(added)  # for those who wait for its pool
+            self._dispatcher.welcome(directory.add_row(_described(llm, spec, record.session_id), session))
             return RegisteredLLM(spec.name, status, "created")
         llm = row.llm
         adopted = llm.session_id != record.session_id

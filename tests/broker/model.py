@@ -512,6 +512,7 @@ class Model:
             if not any(self.is_hopeful(row, infer) for row in self.candidates(infer)):
                 waking = lost and infer.phase == "wake"
                 self._end(infer, "failed", "publisher_disconnected" if waking else "model_offline")
+        self._review_phases(pool)
         self._consider(pool)
 
     def _remove_row(self, row: Row) -> None:

@@ -882,7 +882,7 @@ class Machine(RuleBasedStateMachine):
                 state = "answering" if task.headed else {"queue": "queued", "wake": "waking"}.get(task.phase, "sent")
             name = task.row.name if task.row is not None else task.only or task.pool.name
             expected[task.key if task.key in self.ids else "wake"] = (name, state)
-        assert tasks == expected
+        assert tasks == expected, set(tasks.items()) ^ set(expected.items())
 
         # Nothing grows without bound (5), and only what waits or was sent has a deadline.
         directory = broker._directory
