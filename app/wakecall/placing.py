@@ -93,15 +93,24 @@ class Placer:
         return choose(rows, load, infer.request.affinity)
 
     def _room(self, infer: Infer, target: Target) -> int:
-        """How many more may wait there, over all bounds."""
-        config = self._config
-        waiting = target.pool.waiting if target.only is None else target.pool.line.count(target.only)
+        """How many more may wait there, over all bounds.
+
+        A key has no more waiting, in a line or in all, than there is still room for: so one key takes half of it, two of
+        them two thirds, and no number of them the last place, which is for whoever has nothing there.
+        """
+        config, line = self._config, target.pool.line
+        waiting = target.pool.waiting if target.only is None else line.count(target.only)
         # One that is accepted already, and moves, is counted.
         counted = infer.pool is not None and infer.state is InferState.WAITING
-        room = min(config.max_waiting_per_llm - waiting, config.max_waiting - self._counters.waiting)
-        if infer.claim is not None and infer.claim.caller.key is not None:
-            room = min(room, config.max_waiting_per_key - infer.claim.caller.waiting)
-        return room + counted
+        in_line = counted and infer.pool is target.pool
+        room_in_line = config.max_waiting_per_llm - waiting + in_line
+        room_in_all = config.max_waiting - self._counters.waiting + counted
+        if infer.claim is None or infer.claim.caller.key is None:
+            return min(room_in_line, room_in_all)
+        caller = infer.claim.caller
+        own = caller.waiting - counted
+        own_in_line = line.count_key(caller.key_id) - in_line
+        return min(room_in_line - own_in_line, room_in_all - own, config.max_waiting_per_key - own)
 
     def queue_s(self, target: Target) -> float:
         config = self._config

@@ -217,6 +217,46 @@ async def test_keys_take_turns_and_within_one_it_is_first_come_first_served(auto
         assert (many.waiting, few.waiting, many.in_flight, few.in_flight) == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "waiting"),
+    [
+        ({"max_waiting_per_llm": 12}, [6, 3, 2]),
+        ({"max_waiting": 12}, [6, 3, 2]),
+        ({"max_waiting_per_llm": 12, "max_waiting_per_key": 2}, [2, 2, 2]),
+    ],
+)
+async def test_no_key_takes_all_places_in_a_line(autojump_clock, bounds, waiting):
+    """Each has as many as are still free, so whoever comes with nothing waiting is let in: to be fair in the line is worth
+    nothing to somebody who is kept out of it."""
+    async with open_test_broker(BrokerConfig(**bounds)) as broker, FakePublisher(broker, "one", pool_of("a")):
+        *greedy, modest = await callers(broker, len(waiting) + 1)
+        ask(broker, modest)  # has the slot
+        for caller, most in zip(greedy, waiting, strict=True):
+            for _ in range(most):
+                ask(broker, caller)
+            with pytest.raises(QueueFull):
+                ask(broker, caller)
+        ask(broker, modest)
+        assert [caller.waiting for caller in (*greedy, modest)] == [*waiting, 1]
+
+
+async def test_a_key_that_moves_is_not_counted_twice(autojump_clock):
+    """What waits for a row that goes has its place among all who wait, and goes on to the fallback with it."""
+    async with (
+        open_test_broker(BrokerConfig(max_waiting=4)) as broker,
+        FakePublisher(broker, "one", pool_of("a")) as one,
+        FakePublisher(broker, "two", [LLMSpec("b", max_concurrency=1)]),
+    ):
+        await broker.put_alias("best", ["chat", "b"])
+        (caller,) = await callers(broker, 1)
+        ask(broker, caller, name="b")
+        infers = [ask(broker, caller, name="best") for _ in range(3)]
+        assert caller.waiting == 2
+        await one.register([])
+        assert [infer.is_over for infer in infers[1:]] == [False, False]
+        assert (caller.waiting, view(broker, "b").waiting) == (2, 2)
+
+
 async def test_batch_waits_for_whoever_is_in_a_hurry_and_does_not_starve(autojump_clock):
     async with open_test_broker() as broker, FakePublisher(broker, "one", pool_of("a")) as publisher:
         running = broker.infer_nowait("chat", CALL)

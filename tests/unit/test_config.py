@@ -43,7 +43,7 @@ DEFAULTS: dict[str, float] = {
     "max_llms_per_owner": 20_000,
     "max_sessions_per_owner": 1000,
     "max_heartbeat_tasks": 10_000,
-    "max_waiting_per_llm": 1000,
+    "max_waiting_per_llm": 2000,
     "max_waiting_per_key": 2000,
     "max_waiting": 10_000,
     "max_llms_per_pool": 256,
