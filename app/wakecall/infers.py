@@ -54,6 +54,9 @@ _PHASE_OF: Final[dict[Due, Phase]] = {Due.FIRST_BYTE: "first_byte", Due.IDLE: "i
 #: Seconds between looks at a row that is avoided for so many infers, while some wait.
 _PROBE_S: Final = 1.0
 
+#: A caller's own timeout tells something of a row where it is so many times what the answers of its pool take.
+_AMPLE: Final = 10.0
+
 Outcome = Literal["completed", "failed", "cancelled"]
 
 
@@ -483,7 +486,8 @@ class Infers:
                 health.note_failure(now, row.pool.sent)
         elif outcome == "failed" and (by_publisher or infer.first_byte_at is None) and not self._directory.stopping:
             # A deadline within an answer may be its client's doing; before the first byte it is the publisher's.
-            health.note_failure(now, row.pool.sent)
+            if by_publisher or _had_its_time(infer, row, now):
+                health.note_failure(now, row.pool.sent)
 
     def _tell(self, infer: Infer, outcome: Outcome, now: float) -> None:
         if not self._directory.observers:
@@ -521,6 +525,16 @@ class Infers:
 
 def _has_not_refused(name: str, infer: Infer) -> bool:
     return name not in infer.refused_by
+
+
+def _had_its_time(infer: Infer, row: Row, now: float) -> bool:
+    """Whether it is the row's own doing that no byte came. Where its caller granted less than answers take it is his: he
+    could have any row avoided by everybody else."""
+    timeout_s = infer.request.timeout_s
+    if timeout_s is None or now < infer.accepted_at + timeout_s:
+        return True
+    services = [each.health.service_s for each in row.pool.rows.values() if each.health.service_s is not None]
+    return bool(services) and now - infer.sent_at >= _AMPLE * max(services)
 
 
 def _out_of_time(phase: Phase) -> DeadlineExceeded:

@@ -1,13 +1,15 @@
 """A publisher that fails is avoided, tried again, and trusted again: what `health` decides, in the broker."""
 
+from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.broker.helpers import CALL, start_call
 from wakecall import BrokerConfig, LLMSpec
-from wakecall.errors import WakecallError
+from wakecall.errors import DeadlineExceeded, WakecallError
 from wakecall.testing import FakePublisher, open_test_broker
 
 # Nobody here sends heartbeats.
@@ -80,3 +82,35 @@ async def test_one_that_failed_once_is_tried_within_ten_seconds_where_somebody_w
         await first.over.wait()
         await second.over.wait()
         assert sorted([first.code, second.code], key=str) == [None, "publisher_error"]
+
+
+async def test_callers_in_a_hurry_have_nobody_avoided(autojump_clock):
+    """Whoever grants less than answers take would have any row avoided by all others; where it is much more, silence is
+    the row's doing all the same."""
+    async with (
+        open_test_broker(PATIENT) as broker,
+        FakePublisher(broker, "laptop", member("works")) as works,
+        FakePublisher(broker, "desktop", member("silent")) as silent,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def hurry(name, timeout_s):
+            with pytest.raises(DeadlineExceeded):
+                async with broker.infer(name, replace(CALL, timeout_s=timeout_s)):
+                    raise AssertionError("it was answered")
+            for publisher in (works, silent):
+                for frame in publisher.events("cancel"):
+                    broker.confirm_cancelled(frame["task_id"])
+            return [round(each.penalty, 1) for each in broker.llm_views()]
+
+        assert await hurry("works", 5.0) == [0.0, 0.0]  # nobody knows yet how long it takes
+        await works.next("infer")
+        first = start_call(nursery, broker, "works")
+        frame = await works.next("infer")
+        await trio.sleep(2)
+        await works.answer(frame, b"{}")
+        await first.over.wait()
+        assert await hurry("works", 1.0) == [0.0, 0.0]
+        assert await hurry("silent", 19.0) == [0.0, 0.0]
+        assert await hurry("silent", 21.0) == [1.0, 0.0]
+        nursery.cancel_scope.cancel()
