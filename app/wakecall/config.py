@@ -69,7 +69,9 @@ class BrokerConfig:
     max_llms_per_owner: int = _count(20_000, "rows of one owner, withdrawn ones included", "rows")
     max_sessions_per_owner: int = _count(1000, "sessions of one owner", "sessions")
     max_heartbeat_tasks: int = _count(10_000, "task ids in one heartbeat", "ids")
-    max_waiting_per_llm: int = _count(2000, "infers waiting for one row or pool, at most half of them of one key", "infers")
+    max_waiting_per_llm: int = _count(
+        2000, "infers waiting for one row or pool, at most half of them of one key", "infers"
+    )
     max_waiting_per_key: int = _count(2000, "infers of one key waiting", "infers")
     max_waiting: int = _count(10_000, "infers waiting in all, at most half of them of one key", "infers")
     max_llms_per_pool: int = _count(256, "rows of one pool", "rows")

@@ -54,6 +54,8 @@ _PHASE_OF: Final[dict[Due, Phase]] = {Due.FIRST_BYTE: "first_byte", Due.IDLE: "i
 #: Seconds between looks at a row that is avoided for so many infers, while some wait.
 _PROBE_S: Final = 1.0
 
+_HELD: Final = "The model takes no requests for the time being: it is paused, or being drained."
+
 #: A caller's own timeout tells something of a row where it is so many times what the answers of its pool take.
 _AMPLE: Final = 10.0
 
@@ -111,8 +113,9 @@ class Infers:
         counters.waiting += 1
         if place is None:
             infer.phase = "offline"
-            self.settle(infer, "failed", ModelOffline())
-            raise ModelOffline
+            error = self._offline(infer)
+            self.settle(infer, "failed", error)
+            raise error
         self._take(infer, place)
         return infer
 
@@ -196,11 +199,15 @@ class Infers:
                 continue
             if not self.move_on(infer):
                 waking = lost and infer.phase == "wake"
-                self.settle(infer, "failed", PublisherLostWhileWaking() if waking else ModelOffline())
+                self.settle(infer, "failed", PublisherLostWhileWaking() if waking else self._offline(infer))
         if pool.line:
             # Those who have one left may have to have it woken.
             self.review_phases(pool)
             self.waker.consider(pool)
+
+    def _offline(self, infer: Infer) -> ModelOffline:
+        """Nobody is there for it; or somebody who takes nothing, by his own or an operator's will."""
+        return ModelOffline(_HELD if self.placer.is_held(infer) else None)
 
     def move_on(self, infer: Infer) -> bool:
         """Have one that waits go on to the names after the one that it waits for. Returns whether one of them has it."""
@@ -484,10 +491,8 @@ class Infers:
                 health.note_success(now, held_s)
             elif infer.engine_status >= 500 or infer.engine_status == 429:
                 health.note_failure(now, row.pool.sent)
-        elif outcome == "failed" and (by_publisher or infer.first_byte_at is None) and not self._directory.stopping:
-            # A deadline within an answer may be its client's doing; before the first byte it is the publisher's.
-            if by_publisher or _had_its_time(infer, row, now):
-                health.note_failure(now, row.pool.sent)
+        elif outcome == "failed" and not self._directory.stopping and (by_publisher or _had_its_time(infer, row, now)):
+            health.note_failure(now, row.pool.sent)
 
     def _tell(self, infer: Infer, outcome: Outcome, now: float) -> None:
         if not self._directory.observers:
@@ -528,8 +533,11 @@ def _has_not_refused(name: str, infer: Infer) -> bool:
 
 
 def _had_its_time(infer: Infer, row: Row, now: float) -> bool:
-    """Whether it is the row's own doing that no byte came. Where its caller granted less than answers take it is his: he
-    could have any row avoided by everybody else."""
+    """Whether an end that its publisher did not bring about is its row's doing all the same: no byte came. Where its caller
+    granted less than answers take that is his: he could have any row avoided by everybody else. So may be a deadline within
+    an answer."""
+    if infer.first_byte_at is not None:
+        return False
     timeout_s = infer.request.timeout_s
     if timeout_s is None or now < infer.accepted_at + timeout_s:
         return True

@@ -200,6 +200,17 @@ class Placer:
             or (infer.only is None and any(row is not infer.row for row in self.candidates(infer)))
         )
 
+    def is_held(self, infer: Infer) -> bool:
+        """Whether an infer could go somewhere, but for those who hold that back."""
+        targets = (self._directory.find_target(name) for name in infer.route)
+        return any(
+            row.llm.status is not Status.INACTIVE and row.session is not None and row.session.channel is not None
+            for target in targets
+            if target is not None
+            for row in target.rows
+            if row.llm.paused or row.llm.hold is not None
+        )
+
     def most_attempts(self, infer: Infer) -> int:
         targets = (self._directory.find_target(name) for name in infer.route)
         return sum(1 if target.only else len(target.pool.rows) for target in targets if target is not None)

@@ -44,7 +44,7 @@ async def test_it_takes_nobody_new_and_what_is_at_work_goes_on(autojump_clock, h
         call = start_call(nursery, broker)
         frame = await publisher.next("infer")
         await hold(broker, how)
-        with pytest.raises(ModelOffline):
+        with pytest.raises(ModelOffline, match="paused, or being drained"):
             broker.infer_nowait("qwen", CALL)
         assert statuses(broker) == {"qwen": Status.ACTIVE}
         await publisher.answer(frame, b"x")
@@ -56,6 +56,17 @@ async def test_it_takes_nobody_new_and_what_is_at_work_goes_on(autojump_clock, h
         again = start_call(nursery, broker)
         await answer(publisher)
         await again.over.wait()
+
+
+@pytest.mark.parametrize("how", HOLDS)
+async def test_who_asks_for_it_once_its_publisher_is_gone_hears_that(autojump_clock, how):
+    """It would not help him to know of a hold."""
+    async with open_test_broker() as broker, FakePublisher(broker, "laptop", ["qwen"]) as publisher:
+        await hold(broker, how)
+        publisher.disconnect()
+        await wait_all_tasks_blocked()
+        with pytest.raises(ModelOffline, match="not connected"):
+            broker.infer_nowait("qwen", CALL)
 
 
 @pytest.mark.parametrize("how", HOLDS)

@@ -67,7 +67,10 @@ def command(broker: str, key: str | None, by: str, since: str, as_json: bool) ->
     except BrokerRefused as error:
         if error.code == "invalid_request":
             # Of the two only this can be wrong: the other is a choice.
-            raise click.BadParameter(f"{printable(since)} is none of what it may be", param_hint="--since") from error
+            raise click.BadParameter(
+                f"{printable(since)} is neither a span (24h, 7d) nor a date (2026-11-01) nor an instant",
+                param_hint="--since",
+            ) from error
         raise
     try:
         listing = msgspec.json.decode(body, type=_Listing)
