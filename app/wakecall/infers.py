@@ -308,6 +308,8 @@ class Infers:
                 self._send(infer, row)
         if pool.line:
             self.waker.consider(pool)
+        if not pool.waiting:
+            self.waker.spare(pool)
 
     def pump_pool(self, pool: Pool) -> None:
         """Let those who wait for a pool go, as far as any of its rows has slots."""

@@ -88,6 +88,14 @@ class Waker:
             row.wanted = True
             self.review_group(row.session, row.llm.group)
 
+    def spare(self, pool: Pool) -> None:
+        """Nobody waits for any row of a pool any more: whoever was to make way for one of them goes on."""
+        for row in list(pool.rows.values()):
+            if row.wanted and not pool.line.count(row.llm.name):
+                row.wanted = False
+                if row.llm.group is not None and row.session is not None:
+                    self.review_group(row.session, row.llm.group)
+
     def takes_turns(self, row: Row) -> bool:
         """Whether a row sleeps and shares a group, so that others may be making way for it."""
         return row.llm.group is not None and row.session is not None and row.llm.status is Status.HIBERNATING

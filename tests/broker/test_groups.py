@@ -437,6 +437,37 @@ async def test_a_pools_sleeping_member_has_its_turn_when_its_group_lets_it(autoj
         nursery.cancel_scope.cancel()
 
 
+async def test_one_that_was_to_make_way_goes_on_when_others_have_served_who_wanted_it(autojump_clock):
+    """It has a slot free, and an answer of its own that may take an hour is no reason to keep that."""
+    async with (
+        open_test_broker() as broker,
+        FakePublisher(broker, "box", group_of("other", max_concurrency=2)) as box,
+        FakePublisher(broker, "laptop", [LLMSpec("b", pool="chat", max_concurrency=1)]) as laptop,
+        trio.open_nursery() as nursery,
+    ):
+        await box.register([*group_of("other", max_concurrency=2), *group_of(None, "a", pool="chat")])
+        start_call(nursery, broker, "other")
+        await box.next("infer")
+        first = start_call(nursery, broker, "chat")
+        frame = await laptop.next("infer")
+        await trio.sleep(60)
+        await laptop.heartbeat()
+        await box.heartbeat()
+        await laptop.answer(frame, b"slow")
+        await first.over.wait()
+        await start_calls(nursery, broker, 2, "chat")
+        frame = await laptop.next("infer")
+        waits = start_call(nursery, broker, "other")
+        await wait_all_tasks_blocked()
+        assert len(box.events("infer")) == 1  # it is to make way for `a`
+        await laptop.answer(frame, b"b")
+        await laptop.next("infer")
+        await box.answer(await box.next("infer", within_s=1), b"other")
+        await waits.over.wait()
+        assert (waits.body, box.events("wake")) == (b"other", [])
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_refused_infer_that_moves_on_lets_the_group_swap(autojump_clock):
     async with (
         open_test_broker() as broker,
