@@ -301,7 +301,7 @@ IN_A_REQUEST: list[tuple[Any, str, str, str, str, Any]] = [
     (client, "pass_on", "client", "POST", "/v1/chat/completions", CALL),
     (Broker, "claim", "client", "POST", "/v1/responses", CALL),
     (Broker, "infer_nowait", "client", "POST", "/v1/chat/completions", CALL),
-    (Broker, "models", "client", "GET", "/v1/models", None),
+    (Broker, "model_names", "client", "GET", "/v1/models", None),
     (Broker, "register", "publisher", "PUT", "/publisher/v1/sessions/other", {"llms": []}),
     (Broker, "heartbeat", "publisher", "POST", "/publisher/v1/sessions/laptop/heartbeat", {}),
     (Broker, "open_channel_nowait", "publisher", "GET", "/publisher/v1/sessions/laptop/frames", None),
