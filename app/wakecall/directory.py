@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import trio
 
@@ -31,7 +31,7 @@ from .lifecycle import RowEvent
 from .models import LLM, Alias, Event, Key, Kind, SessionRecord, Snapshot, Status
 from .session import Session
 from .stopping import Stopping
-from .task import Infer
+from .task import Infer, Outcome
 from .wake import Wake
 
 __all__ = ["Clock", "Counters", "Directory", "Pool", "Row", "Settled", "Target"]
@@ -138,7 +138,7 @@ class Counters:
     wakes_succeeded: int = 0
     wakes_failed: int = 0
 
-    def count(self, outcome: Literal["completed", "failed", "cancelled"]) -> None:
+    def count(self, outcome: Outcome) -> None:
         """One infer more has come to this end."""
         match outcome:
             case "completed":

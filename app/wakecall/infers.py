@@ -1,7 +1,8 @@
-"""Infers: accepting, sending, moving and settling them. (`waking` wakes rows for them, `upload` takes their answers in.)
+"""Infers: accepting, sending, moving and settling them. (`waiting` keeps those in line, `waking` wakes rows for them,
+`upload` takes their answers in.)
 
-Every decision here is one synchronous step. A step may set off others (a
-settled infer frees its slot, which sends the next one), and it goes like this:
+Every decision here is one synchronous step. A step may set off others (a settled infer frees its slot, which sends the next
+one), and it goes like this:
 
 1. the task leaves the place it was in: its line, or its slot and its channel;
 2. it is over: counted, remembered, its waiters and readers told;
@@ -18,31 +19,29 @@ from __future__ import annotations
 
 import secrets
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import trio
 
 from .deadlines import Deadline
-from .directory import Directory, Pool, Row, Target
+from .directory import Directory, Row
 from .errors import (
-    DeadlineExceeded,
     InferCancelled,
     ModelNotFound,
     ModelOffline,
     Phase,
-    PublisherLostWhileWaking,
     QueueFull,
     ShuttingDown,
     WakecallError,
 )
 from .frames import CancelReason
 from .keyring import Claim
-from .models import InferRequest, InferSettled, Status
-from .placing import Place, Placer, is_hopeful
+from .models import InferRequest, InferSettled
+from .placing import Place
 from .stopping import Stops
-from .task import Due, Infer, InferState
+from .task import Due, Infer, InferState, Outcome
 from .usage import UNSAID
-from .waking import Waker
+from .waiting import Waiting, out_of_time
 
 if TYPE_CHECKING:
     from .dispatch import Dispatcher
@@ -51,15 +50,8 @@ __all__ = ["Infers"]
 
 _PHASE_OF: Final[dict[Due, Phase]] = {Due.FIRST_BYTE: "first_byte", Due.IDLE: "idle", Due.TOTAL: "total"}
 
-#: Seconds between looks at a row that is avoided for so many infers, while some wait.
-_PROBE_S: Final = 1.0
-
-_HELD: Final = "The model takes no requests for the time being: it is paused, or being drained."
-
 #: A caller's own timeout tells something of a row where it is so many times what the answers of its pool take.
 _AMPLE: Final = 10.0
-
-Outcome = Literal["completed", "failed", "cancelled"]
 
 
 def new_task_id() -> str:
@@ -67,16 +59,12 @@ def new_task_id() -> str:
     return secrets.token_urlsafe(16)
 
 
-class Infers:
+class Infers(Waiting):
     """The part of `Dispatcher` that has to do with a single infer. Works on a `Directory`."""
 
     def __init__(self, directory: Directory) -> None:
-        self._directory = directory
-        self._config = directory.config
-        self._counters = directory.counters
+        super().__init__(directory)
         self._quiet: trio.Event | None = None
-        self.placer: Final = Placer(directory)
-        self.waker: Final = Waker(directory, cast("Dispatcher", self))
         self.stops: Final = Stops(directory, cast("Dispatcher", self))
 
     # Accepting ------------------------------------------------------------------------------------------------------
@@ -122,116 +110,20 @@ class Infers:
     def _take(self, infer: Infer, place: Place) -> None:
         """Send it, or have it wait, as has been decided. It is counted as waiting."""
         infer.stage = place.stage
-        infer.pool, infer.only = place.target
         if place.decision.row is not None:
+            infer.pool, infer.only = place.target
             key = None if infer.claim is None else infer.claim.caller.key_id
             infer.pool.line.note_unwaited(key, infer.request.priority)
             self._send(infer, infer.pool.rows[place.decision.row])
             return
-        infer.deadline = Deadline(partial(self._on_waiting_due, infer))
-        self.placer.add_to_line(infer, place.target, first=False)
-        self.enter_phase(infer)
+        self._wait(infer, place.target, first=False)
+        assert infer.pool is not None
         if place.decision.wake is not None:
             self.waker.want(infer.pool.rows[place.decision.wake])
         for row in self.placer.candidates(infer):
             # Those that wait may be waiting for others than the one that is free.
             if self.placer.has_slot(row):
                 self.pump(row)
-
-    # Waiting --------------------------------------------------------------------------------------------------------
-
-    def enter_phase(self, infer: Infer) -> None:
-        """A waiting infer's phase begins, with a clock of its own; `total` spans all."""
-        assert infer.pool is not None
-        config, rows = self._config, self.placer.candidates(infer)
-        infer.phase = "wake" if self.waker.is_awaited(rows) else "queue"
-        if infer.phase == "queue":
-            limit = self.placer.queue_s(Target(infer.pool, infer.only))
-        else:
-            # The wake has a clock of its own; where both are up at once it is the wake that failed (`_on_waiting_due`).
-            limit = max((row.llm.wake_s or 0.0 for row in rows), default=0.0)
-            limit = max(limit, config.wake_s)
-        infer.phase_until = trio.current_time() + limit
-        assert infer.deadline is not None
-        self._directory.waiting_deadlines.arm(infer.deadline, min(infer.phase_until, infer.total_until))
-
-    def review_phases(self, pool: Pool, row: Row | None = None) -> None:
-        """Whoever waits there, for this row at the least, is in the phase that he is in now."""
-        awaited: dict[tuple[str | None, frozenset[str]], bool] = {}  # for thousands may wait for hundreds
-        for infer in list(pool.line):
-            if row is not None and infer.only is not None and infer.only != row.llm.name:
-                continue
-            whom = infer.only, infer.refused_by
-            if whom not in awaited:
-                awaited[whom] = self.waker.is_awaited(self.placer.candidates(infer))
-            if (infer.phase == "wake") is not awaited[whom]:
-                self.enter_phase(infer)
-
-    def _on_waiting_due(self, infer: Infer) -> None:
-        now = trio.current_time()
-        for row in self.placer.candidates(infer):
-            wake = row.wake
-            if wake is not None and wake.deadline is not None and wake.deadline.due <= now:
-                # Two heaps, and no order between them: all who wait for it get the one answer.
-                self.waker.on_due(wake)
-                if infer.state is not InferState.WAITING or min(infer.phase_until, infer.total_until) > now:
-                    return
-        phase: Phase = "total"
-        if infer.phase_until < infer.total_until or infer.request.timeout_s is not None:
-            phase = "wake" if infer.phase == "wake" else "queue"
-        self.settle(infer, "failed", _out_of_time(phase))
-
-    def strand(self, pool: Pool, *, lost: bool = False) -> None:
-        """A row of the pool can be had no more: whoever waits and has none left goes on to the next name, or fails.
-
-        Args:
-            pool: where they wait.
-            lost: whether that was for its publisher's end.
-        """
-        hopeful: dict[tuple[str | None, frozenset[str]], bool] = {}  # for thousands may wait for hundreds
-        for infer in list(pool.line):
-            if infer.pool is not pool or infer.state is not InferState.WAITING:
-                continue  # an earlier one's end has seen to it
-            whom = infer.only, infer.refused_by
-            if whom not in hopeful:
-                hopeful[whom] = any(is_hopeful(row, infer) for row in self.placer.candidates(infer))
-            if hopeful[whom]:
-                continue
-            if not self.move_on(infer):
-                waking = lost and infer.phase == "wake"
-                self.settle(infer, "failed", PublisherLostWhileWaking() if waking else self._offline(infer))
-        if pool.line:
-            # Those who have one left may have to have it woken.
-            self.review_phases(pool)
-            self.waker.consider(pool)
-
-    def _offline(self, infer: Infer) -> ModelOffline:
-        """Nobody is there for it; or somebody who takes nothing, by his own or an operator's will."""
-        return ModelOffline(_HELD if self.placer.is_held(infer) else None)
-
-    def move_on(self, infer: Infer) -> bool:
-        """Have one that waits go on to the names after the one that it waits for. Returns whether one of them has it."""
-        assert infer.pool is not None
-        place, _ = self.placer.find_place(infer, infer.stage + 1)
-        if place is None:
-            return False
-        infer.pool.line.discard(infer)
-        self._disarm_waiting(infer)
-        self._take(infer, place)
-        return True
-
-    def avoid(self, infer: Infer, row: Row) -> None:
-        """One that waits for any row of a pool shall not go to this one."""
-        assert infer.pool is not None
-        infer.refused_by |= {row.llm.name}
-        if infer.only is None:
-            infer.pool.line.discard(infer)
-            self.placer.add_to_line(infer, Target(infer.pool, None), first=False)
-
-    def _disarm_waiting(self, infer: Infer) -> None:
-        if infer.deadline is not None:
-            self._directory.waiting_deadlines.disarm(infer.deadline)
-            infer.deadline = None
 
     # Sending --------------------------------------------------------------------------------------------------------
 
@@ -279,60 +171,7 @@ class Infers:
             phase = _PHASE_OF[why]
             if why is Due.TOTAL and infer.request.timeout_s is not None and infer.request.stream:
                 phase = "first_byte" if infer.first_byte_at is None else "total"
-            self.settle(infer, "failed", _out_of_time(phase), cancel="deadline_exceeded")
-
-    def pump(self, row: Row) -> None:
-        """Let those who wait for a row go, as far as there are slots; or have rows woken for them."""
-        pool, session = row.pool, row.session
-        if not pool.line or session is None or session.channel is None:
-            return
-        channel, llm, health = session.channel, row.llm, row.health
-        if llm.status is Status.ACTIVE and not llm.paused and llm.hold != "pause":
-            now = trio.current_time()
-            alone = self.placer.is_alone(pool, now)
-            named = llm.hold == "drain"
-            if not alone and health.is_avoided(now, pool.sent):
-                # Whoever asked for it by name gets it all the same.
-                named = True
-                self._probe_avoided(pool, now)
-            # On trial: one at a time of those who could have gone elsewhere.
-            on_trial = not alone and not named and health.is_on_trial(now)
-            accepts = partial(_has_not_refused, llm.name)
-            while channel.has_room and channel.ended is None and not row.yielding:
-                taken = row.in_flight + row.stopping
-                if llm.max_concurrency is not None and taken >= llm.max_concurrency:
-                    break
-                infer = pool.line.pop(llm.name, accepts, only_named=named or (on_trial and taken > 0))
-                if infer is None:
-                    break
-                self._send(infer, row)
-        if pool.line:
-            self.waker.consider(pool)
-        if not pool.waiting:
-            self.waker.spare(pool)
-
-    def pump_pool(self, pool: Pool) -> None:
-        """Let those who wait for a pool go, as far as any of its rows has slots."""
-        for row in list(pool.rows.values()):
-            if not pool.line:
-                return
-            self.pump(row)
-
-    def _probe_avoided(self, pool: Pool, now: float) -> None:
-        """Look again when a row that is avoided may be tried: for whoever waits, nothing else need happen until then."""
-
-        def look() -> None:
-            pool.probe = None
-            self.pump_pool(pool)
-
-        for row in pool.rows.values():
-            if row.health.is_avoided(now, pool.sent):
-                until = row.health.avoided_until
-                at = until if now < until else now + _PROBE_S
-                if pool.probe is None:
-                    pool.probe = Deadline(look)
-                if at < pool.probe.due:
-                    self._directory.waiting_deadlines.arm(pool.probe, at)
+            self.settle(infer, "failed", out_of_time(phase), cancel="deadline_exceeded")
 
     # Moving ---------------------------------------------------------------------------------------------------------
 
@@ -374,10 +213,7 @@ class Infers:
             infer.pool = infer.only = None  # it has been in no line since its pool went
             self.settle(infer, "failed", ModelOffline())
             return
-        infer.pool, infer.only = target
-        infer.deadline = Deadline(partial(self._on_waiting_due, infer))
-        self.placer.add_to_line(infer, target, first=True)
-        self.enter_phase(infer)
+        self._wait(infer, target, first=True)
 
     def _wait_again(self, infer: Infer) -> None:
         infer.state = InferState.WAITING
@@ -527,12 +363,6 @@ class Infers:
             quiet = self._quiet = self._quiet if self._quiet is not None else trio.Event()
             await quiet.wait()
 
-    # The lifecycle's consequences -----------------------------------------------------------------------------------
-
-
-def _has_not_refused(name: str, infer: Infer) -> bool:
-    return name not in infer.refused_by
-
 
 def _had_its_time(infer: Infer, row: Row, now: float) -> bool:
     """Whether an end that its publisher did not bring about is its row's doing all the same: no byte came. Where its caller
@@ -545,14 +375,3 @@ def _had_its_time(infer: Infer, row: Row, now: float) -> bool:
         return True
     services = [each.health.service_s for each in row.pool.rows.values() if each.health.service_s is not None]
     return bool(services) and now - infer.sent_at >= _AMPLE * max(services)
-
-
-def _out_of_time(phase: Phase) -> DeadlineExceeded:
-    messages = {
-        "queue": "No slot of the model was free in time.",
-        "wake": "The model was not awake in this request's time.",
-        "first_byte": "The model sent no first byte in time.",
-        "idle": "The model's answer paused for too long.",
-        "total": "The request took longer than a request may.",
-    }
-    return DeadlineExceeded(messages[phase], phase=phase)

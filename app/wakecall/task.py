@@ -32,11 +32,14 @@ if TYPE_CHECKING:
     from .session import Channel
     from .upload import Upload
 
-__all__ = ["Due", "Infer", "InferPhase", "InferState", "Reader", "Reply"]
+__all__ = ["Due", "Infer", "InferPhase", "InferState", "Outcome", "Reader", "Reply"]
 
 
 #: Where an infer is, or was when it ended, in logs; `offline`: nobody was there to be asked.
 InferPhase = Literal["offline", "wake", "queue", "first_byte", "idle"]
+
+#: How an infer ended, as it is counted.
+Outcome = Literal["completed", "failed", "cancelled"]
 
 
 class Due(Enum):
