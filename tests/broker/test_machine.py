@@ -206,6 +206,8 @@ class Machine(RuleBasedStateMachine):
         self.lines: dict[str, Line] = {}
         self.uploads: dict[str, Upload] = {}
         self.events: list[Event] = []
+        self.taken: dict[str, int] = {}
+        self.oversubscribed: list[tuple[str, int, int]] = []
         self.ended: dict[str, InferSettled | WakeSettled] = {}
         self.released: set[tuple[str, str]] = set()
         self.offline = 0
@@ -222,10 +224,19 @@ class Machine(RuleBasedStateMachine):
 
     async def keep(self, task_status: trio.TaskStatus[Broker]) -> None:
         async with open_broker(self.store, CONFIG) as broker:
-            broker.add_observer(self.events.append)
+            broker.add_observer(self.on_event)
             task_status.started(broker)
             await self.closing.wait()
         self.closed = True
+
+    def on_event(self, event: Event) -> None:
+        """In the middle of a step too, no row has more than it has slots, unless a register has just lowered them."""
+        self.events.append(event)
+        for name, row in self.broker._directory.rows.items():
+            taken, most = row.in_flight + row.stopping, row.llm.max_concurrency
+            if most is not None and taken > max(most, self.taken.get(name, 0)):
+                self.oversubscribed.append((name, taken, most))  # an observer must not raise
+            self.taken[name] = taken
 
     def close(self) -> None:
         """Everything is joined, and nothing is left."""
@@ -830,6 +841,8 @@ class Machine(RuleBasedStateMachine):
     def compare_state(self, model: theory.Model) -> None:
         broker = self.broker
         counted = check_invariants(broker)
+        assert self.oversubscribed == [], "invariant 3"
+        self.taken = {name: row.in_flight + row.stopping for name, row in broker._directory.rows.items()}
         ends, held = model.counted, [t for t in model.sent() if not isinstance(t, theory.Infer)]
         assert {
             "accepted": counted.accepted,
@@ -940,7 +953,10 @@ class Machine(RuleBasedStateMachine):
         }
 
     def compare_frames(self, model: theory.Model) -> None:
-        """Each row's frames in their order; that of two rows' in one step is nobody's business."""
+        """Each row's frames in their order; that of two rows' in one step is nobody's business. And no infer's twice: what
+        was refused goes by another id."""
+        given = [f.data["task_id"] for line in self.lines.values() for f in line.frames if f.event == "infer"]
+        assert len(given) == len(set(given)), "one generation"
         for key, line in self.lines.items():
             if key in self.checked:
                 continue
