@@ -9,8 +9,7 @@ ends, the clock only grows, no cell leaves within its hour, and at the start tho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from operator import attrgetter
+from dataclasses import dataclass
 from typing import Final, Literal
 
 __all__ = ["HOUR_S", "OTHERS", "CellKey", "Ledger", "Usage", "UsageBy", "hour_of"]
@@ -50,10 +49,17 @@ class Usage:
     seconds: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(mine + more for mine, more in zip(_values(self), _values(other), strict=True)))
-
-
-_values: Final = attrgetter(*(each.name for each in fields(Usage)))
+        # Written out: it is done for every infer, and a loop over the fields took five times as long.
+        return Usage(
+            self.requests + other.requests,
+            self.completed + other.completed,
+            self.failed + other.failed,
+            self.cancelled + other.cancelled,
+            self.unknown + other.unknown,
+            self.tokens_in + other.tokens_in,
+            self.tokens_out + other.tokens_out,
+            self.seconds + other.seconds,
+        )
 
 
 class Ledger:
