@@ -74,6 +74,16 @@ async def test_the_model_is_replaced_where_the_engine_calls_it_otherwise(stage: 
     assert (await stage.broker.wait_whole("register")).json["llms"][0]["model"] == "m:7b"
 
 
+@pytest.mark.parametrize("model", ["m", "m:7b"])
+async def test_the_engine_is_asked_by_its_own_id_whatever_the_caller_said(stage: Stage, model: str) -> None:
+    """He may have said a pool's name, or an alias: no engine knows those, whether or not it calls the row as we do."""
+    _, channel = await stage.publish(models=(PublishedModel("m", model),))
+    for number, said in enumerate(("chat", "smart/one", "m", model)):
+        await channel.infer(f"t{number}", f'{{"x":1.0,  "model":"{said}"}}', model=model)
+        exchange = await stage.engine.next()
+        assert bytes(exchange.body) == f'{{"x":1.0,  "model":"{model}"}}'.encode()
+
+
 async def test_a_body_that_is_not_in_the_frame_is_fetched(stage: Stage) -> None:
     """Also one that is large enough to be scanned for its model in a thread."""
     large = b'{"x":"' + b"y" * 1_000_000 + b'","model":"m"}'

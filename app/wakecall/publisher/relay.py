@@ -196,7 +196,8 @@ class Relay:
             body, fetched_type = await self._broker.fetch_body(frame.task_id)
             content_type = content_type or fetched_type
         content_type = content_type or "application/json"
-        if frame.model and frame.model != frame.llm:
+        if frame.model:
+            # Whatever its caller said: the row's name, its pool's, or an alias that leads there.
             if len(body) <= _REWRITE_INLINE_BYTES:
                 body = replace_model(body, content_type, frame.model)
             else:
