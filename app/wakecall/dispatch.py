@@ -40,9 +40,10 @@ class Dispatcher(Infers):
             row.yielding = False
             if after is Status.ACTIVE:
                 row.woken_at = trio.current_time()
-            elif after is Status.INACTIVE:
+            if after is Status.INACTIVE:
                 self.row_is_gone(row.pool, lost=event is RowEvent.LOST)
-            self.review_phases(row.pool, row)
+            else:
+                self.review_phases(row.pool, row)
         self.pump(row)
         if row.llm.group is not None and row.session is not None and after is not before:
             self.waker.review_group(row.session, row.llm.group)
@@ -58,7 +59,6 @@ class Dispatcher(Infers):
         if not pool.line:
             return
         self.strand(pool, lost=lost)
-        self.review_phases(pool)
         self.pump_pool(pool)
 
     def welcome(self, row: Row) -> None:
