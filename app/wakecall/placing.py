@@ -188,6 +188,8 @@ class Placer:
         if len(pool.rows) == 1:
             return True
         for row in pool.rows.values():
+            if row.llm.status is Status.INACTIVE:
+                continue  # at once: when a publisher is lost that may be hundreds, for each of hundreds
             load = self.load_of(row, now)
             if load.is_routable and not (load.avoided or load.on_trial):
                 return False

@@ -57,11 +57,12 @@ class Waker:
 
     def consider(self, pool: Pool) -> None:
         """Wake what has to be woken for those who wait in a pool's line."""
-        for row in list(pool.rows.values()):
+        asleep = [row for row in pool.rows.values() if row.llm.status is Status.HIBERNATING]
+        if not asleep:
+            return
+        for row in asleep:
             if pool.line.count(row.llm.name):
                 self.want(row)
-        if not any(row.llm.status is Status.HIBERNATING for row in pool.rows.values()):
-            return
         if pool.line.count(Lane.ANY):
             self._consider_without(pool, frozenset())
         if pool.line.count(Lane.MOVED):
