@@ -10,8 +10,10 @@ before, by a fault of ours, the next one is there in the same step.
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
@@ -28,12 +30,17 @@ if TYPE_CHECKING:
     from .dispatch import Dispatcher
     from .upload import Intake
 
-__all__ = ["HOST", "Host", "Upstream", "UpstreamAnswer"]
+__all__ = ["HOST", "MOST_BROKERS", "PSEUDONYM", "Host", "Upstream", "UpstreamAnswer"]
 
 logger = logging.getLogger("wakecall.upstream")
 
 #: The hidden session's id and its owner: neither is what `models.is_id` and `keys.is_owner` take.
 HOST: Final = "@host"
+
+#: What this process calls itself in `Via` (RFC 9110, 7.6.3) where it calls an upstream: a public row may lead, straight or
+#: through other brokers, back to here, and would go round until something is full.
+PSEUDONYM: Final = f"wakecall-{secrets.token_hex(8)}"
+MOST_BROKERS: Final = 8
 
 
 class UpstreamAnswer(Protocol):
@@ -202,7 +209,8 @@ class Host:
                 self._intake.confirm_cancelled(task_id, HOST)
 
     async def _relay(self, task_id: str, infer: Infer, llm: LLM) -> None:
-        async with self._upstream.open_answer(llm, infer.request) as answer:
+        request = replace(infer.request, via=(*infer.request.via, PSEUDONYM))
+        async with self._upstream.open_answer(llm, request) as answer:
             if not 200 <= answer.status <= 599:
                 raise PublisherError(f"The upstream answered {answer.status}, which is no answer.")
             infer.retry_after_s = answer.retry_after_s

@@ -248,6 +248,7 @@ class InferRequest:
         priority: its class.
         timeout_s: seconds that the caller grants it in all, where that is less than it would have.
         affinity: what calls that share a beginning have in common, so that they meet the same prefix cache; never sent on.
+        via: pseudonyms of the brokers that it has come through, for an upstream alone.
         anthropic_version: the client's `anthropic-version`, for an upstream of that type; publishers never get it.
     """
 
@@ -262,6 +263,7 @@ class InferRequest:
     timeout_s: float | None = None
     affinity: bytes | None = field(default=None, repr=False)
     anthropic_version: str | None = None
+    via: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

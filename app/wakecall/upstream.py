@@ -213,6 +213,7 @@ def _headers_for(llm: LLM, request: InferRequest) -> dict[str, str]:
         # What is passed on is the bytes themselves.
         "accept-encoding": "identity",
         "user-agent": "wakecall",
+        "via": ", ".join(f"1.1 {each}" for each in request.via),
     }
     anthropic = llm.type.lower() == "anthropic"
     if anthropic:

@@ -1,6 +1,7 @@
 """Public rows: relayed by the broker itself, through the same slots, deadlines and outcomes as every other."""
 
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import trio
@@ -20,7 +21,7 @@ from wakecall.errors import (
     ShuttingDown,
     TaskNotFound,
 )
-from wakecall.hosting import HOST
+from wakecall.hosting import HOST, PSEUDONYM
 from wakecall.keys import is_owner
 from wakecall.models import InferSettled, SlotReleased, is_id
 from wakecall.testing import FakePublisher, FakeUpstream, open_test_broker
@@ -43,7 +44,7 @@ async def test_a_call_goes_to_the_upstream_and_its_answer_comes_back_as_it_is(au
         assert (made.routable, made.llm.session_id) == (True, None)
         call = start_call(nursery, broker, "gpt", CALL)
         asked = await upstream.next()
-        assert asked.request is CALL
+        assert asked.request == replace(CALL, via=(PSEUDONYM,))
         assert (asked.llm.url, asked.llm.model, asked.llm.key_env) == (ROW["url"], "gpt-x", "WAKECALL_UPSTREAM_X")
         assert [(t.kind, t.llm, t.session_id, t.state) for t in broker.task_views()] == [("infer", "gpt", None, "sent")]
         asked.start(201, "text/plain")

@@ -28,6 +28,7 @@ from tests.sentinel import leaks_of, new_sentinel
 from wakecall import upstream as upstream_module
 from wakecall.config import BrokerConfig
 from wakecall.errors import PublisherError
+from wakecall.hosting import PSEUDONYM
 from wakecall.models import LLM, InferRequest, Kind, Status
 from wakecall.store.sqlite import open_sqlite_store
 from wakecall.upstream import open_httpx_upstream, retry_after_of
@@ -117,11 +118,34 @@ async def test_it_gets_the_call_with_its_own_model_and_key_and_nothing_else(
         "accept": "application/json",
         "accept-encoding": "identity",
         "user-agent": "wakecall",
+        "via": f"1.1 {PSEUDONYM}",
         "authorization": "Bearer sk-of-the-upstream",
     }
     await exchange.respond(200, b'{"said": 1.0}')
     answer = await stage.answer_of(answers)
     assert (answer.status, answer.body) == (200, b'{"said": 1.0}')
+
+
+async def test_one_that_leads_back_here_is_noticed(stage: Stage) -> None:
+    """The second time round, and not when its thousandth connection or its gigabyte of bodies is reached."""
+    here = f"http://127.0.0.1:{stage.served.server.port}"
+    await stage.put(url=here, model="gpt")
+    answer = await stage.served.call(CALL)
+    assert answer.status == 400
+    assert "in a circle" in answer.json["error"]["message"]
+    assert stage.served.broker.statistics().accepted == 1
+
+
+async def test_one_that_leads_on_and_on_is_noticed_too(stage: Stage) -> None:
+    """Through other brokers: what they call themselves goes on with the call, and there is an end to it."""
+    before = [f"1.1 wakecall-{number:016x}" for number in range(8)]
+    await stage.put()
+    exchange, answers = await stage.call(CALL, "/v1/embeddings", "via: 1.0 nginx, " + ", ".join(before[:7]))
+    assert exchange.headers["via"] == ", ".join([*before[:7], f"1.1 {PSEUDONYM}"])
+    await exchange.respond(200, b"{}")
+    assert (await stage.answer_of(answers)).status == 200
+    refused = await stage.served.call(CALL, "/v1/embeddings", *(f"via: {each}" for each in before))
+    assert (refused.status, refused.json["error"]["param"]) == (400, "Via")
 
 
 async def test_what_it_says_of_its_tokens_is_counted_as_any_rows(stage: Stage) -> None:

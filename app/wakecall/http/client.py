@@ -23,6 +23,7 @@ from ..errors import (
     WakeFailed,
     WakeTimeout,
 )
+from ..hosting import MOST_BROKERS, PSEUDONYM
 from ..keyring import Claim
 from ..models import InferRequest, ModelView, Priority, Status
 from .answers import Answer, StreamBody, json_answer
@@ -38,6 +39,7 @@ from .sniff import FLAG_PATTERN, MAX_FIELD_BYTES, sniff
 __all__ = ["PRIORITY", "RELAYED", "TIMEOUT", "add_client_routes"]
 
 _MAX_HEADER_CHARS: Final = 1024
+_PSEUDONYM: Final = re.compile(r"\bwakecall-[0-9a-f]{16}\b")
 _VERSION: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 PRIORITY: Final = Header(
@@ -134,6 +136,7 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
         path = call.request.path
         with _claim(broker, call) as claim:
             refuse_encoded(call)
+            via = _brokers_before(call)
             priority = cast("Priority", PRIORITY.read(call) or "interactive")
             timeout_s = TIMEOUT.read(call)
             body = await call.exchange.read_body(config.max_body_bytes)
@@ -155,6 +158,7 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
                     timeout_s=None if timeout_s is None else float(timeout_s),
                     affinity=asked.affinity,
                     anthropic_version=_version(headers.get("anthropic-version")),
+                    via=via,
                 ),
                 claim=claim,
             )
@@ -236,6 +240,17 @@ def _claim(broker: Broker, call: Call) -> Claim:
     if claim.rate is not None:
         call.exchange.add_headers(rate_headers(claim.rate))
     return claim
+
+
+def _brokers_before(call: Call) -> tuple[str, ...]:
+    """The brokers that a call has come through on its way to a public row of each. Raises InvalidRequest: it has been here
+    before, or goes from one to the next for too long."""
+    via = tuple(_PSEUDONYM.findall(",".join(call.request.headers.getlist("via"))))
+    if PSEUDONYM in via or len(via) >= MOST_BROKERS:
+        raise InvalidRequest(
+            "This request goes round in a circle: a public model leads back to its broker.", param="Via"
+        )
+    return via
 
 
 def _short(value: str | None, header: str) -> str | None:
