@@ -294,6 +294,8 @@ class Model:
             if not task.over and session is not None and session.owner == owner:
                 return task
             if task.over and session is not None and session.owner == owner:
+                if any(stop.infer.key == key for stop in self.stops()):
+                    raise Refused("task_cancelled")  # for as long as its slot is held, remembered or not
                 raise Refused(*self._recall(session, key))
         raise Refused("task_not_found")
 
