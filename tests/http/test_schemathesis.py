@@ -40,6 +40,7 @@ CONFIG = {
 LIVE_TASK = "a-task-that-is-live"
 SPARE_KEY = "a-key-that-is-there"
 SPARE_ALIAS = "an-alias-that-is-there"
+SPARE_PUBLIC = "a-public-row"
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,8 @@ def map_path_parameters(context: Any, path_parameters: dict[str, Any] | None) ->
     known = {"name": ROWS[0], "session_id": LAPTOP, "task_id": LIVE_TASK, "key_id": SPARE_KEY}
     if context.operation.path.endswith("/frames"):
         known["session_id"] = SPARE  # a channel of the publisher's own would be ended by it
+    if context.operation.method.upper() == "PUT" and "/admin/v1/llms/" in context.operation.path:
+        known["name"] = SPARE_PUBLIC  # the others are publishers'
     if "/aliases/" in context.operation.path:
         known["name"] = SPARE_ALIAS
     return {name: known[name] if half(value) else value for name, value in path_parameters.items()}

@@ -12,7 +12,16 @@ import trio.testing
 
 from tests.publisher.peers import Channel, Exchange, Peer, Publisher, Stage
 from tests.publisher.test_power import wait_file
-from wakecall.publisher import Asleep, Awake, GoingToSleep, InferFinished, PublishedModel, SleepFailed, Waking
+from wakecall.publisher import (
+    Asleep,
+    Awake,
+    GoingToSleep,
+    InferFinished,
+    InferStarted,
+    PublishedModel,
+    SleepFailed,
+    Waking,
+)
 
 MODELS = (PublishedModel("a", "a:7b"), PublishedModel("b"), PublishedModel("c"))
 
@@ -142,10 +151,16 @@ async def test_a_busy_model_is_left_when_its_requests_are_over_and_newer_ones_wa
 
 async def test_a_request_for_one_that_sleeps_swaps_and_is_served_before_the_next_swap(stage: Stage) -> None:
     """Two sleeping models are asked for at once: each has its turn, in order, and none is left before it has served."""
-    _, channel = await publish(stage)
+    publisher, channel = await publish(stage)
+    stage.engine.healthy = False  # the first swap waits until all of them are here
     await infer(channel, "t1", "b")
     await infer(channel, "t2", "c")
     await infer(channel, "t3", "b")
+    await publisher.wait(InferStarted, 3)
+    with trio.fail_after(5):
+        for _ in range(3):
+            await stage.engine.asked.wait()
+    stage.engine.healthy = True
     served = [await stage.engine.next() for _ in range(2)]
     assert done(stage) == ["sleep a a:7b", "wake b b"]
     for request in served:

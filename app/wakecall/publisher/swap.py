@@ -234,11 +234,14 @@ class SwapGroup:
         self._leaving = True
         try:
             await self._wait_until_left(model.name)
+            # Its command may be cut in the middle, by the swap's deadline: from here on nobody knows.
+            was_awake, self._awake = self._awake is not None, None
             failure = await self._commands.put_down(model)
-            if failure is not None and self._awake is not None and await self._commands.is_healthy():
+            if failure is not None and was_awake and await self._commands.is_healthy():
+                self._awake = model.name
                 self._emit(SleepFailed(failure, llm=model.name))
                 raise CommandFailed(f"{model.name} does not make room: {failure}")
-            self._awake = self._occupant = None
+            self._occupant = None
         finally:
             self._leaving = False
             self._notify()
