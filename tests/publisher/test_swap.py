@@ -154,6 +154,7 @@ async def test_a_request_for_one_that_sleeps_swaps_and_is_served_before_the_next
     publisher, channel = await publish(stage)
     stage.engine.healthy = False  # the first swap waits until all of them are here
     await infer(channel, "t1", "b")
+    await publisher.wait(Waking)
     await infer(channel, "t2", "c")
     await infer(channel, "t3", "b")
     await publisher.wait(InferStarted, 3)
