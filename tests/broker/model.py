@@ -32,6 +32,7 @@ TIMES = {
 BOUNDS = {
     "max_waiting_per_llm": 3,
     "max_waiting": 5,
+    "max_waiting_per_key": 2,
     "max_settled_per_session": 4,
     "max_sessions_per_owner": 2,
     "max_llms_per_session": 3,
@@ -89,6 +90,7 @@ class Task:
 @dataclass(eq=False)
 class Infer(Task):
     asked: str = ""
+    who: str | None = None  # the key that it came with
     pool: Pool | None = None  # where it waits, or waited,
     only: str | None = None  # and for which row alone
     refused: set[str] = field(default_factory=set)  # rows that would not have it
@@ -130,6 +132,34 @@ class Pool:
     name: str | None
     rows: list[Row] = field(default_factory=list)
     line: list[Infer] = field(default_factory=list)
+    ring: list[str | None] = field(default_factory=list)  # the keys that wait, the one whose turn it is first
+    last: tuple[str | None, ...] = ()  # the key that was served last, if any was
+
+    def join(self, infer: Infer, *, first: bool = False) -> None:
+        """Each key's own come in their order; `first`: before all of them, and it is their turn."""
+        if infer.who not in self.ring:
+            self.ring.append(infer.who)
+            self._give_way(self.last)
+        self.line.insert(0 if first else len(self.line), infer)
+        if first:
+            self.ring.remove(infer.who)
+            self.ring.insert(0, infer.who)
+
+    def leave(self, infer: Infer) -> None:
+        self.line.remove(infer)
+        if not any(other.who == infer.who for other in self.line):
+            self.ring.remove(infer.who)
+
+    def serve(self, who: str | None) -> None:
+        """One of this key has had its turn."""
+        self.last = (who,)
+        self._give_way(self.last)
+
+    def _give_way(self, keys: tuple[str | None, ...]) -> None:
+        for who in keys:
+            if who in self.ring:
+                self.ring.remove(who)
+                self.ring.append(who)
 
 
 @dataclass(eq=False)
@@ -275,7 +305,8 @@ class Model:
         return [r for r in rows if r.name == infer.only or (infer.only is None and r.name not in infer.refused)]
 
     def can_move(self, infer: Infer) -> bool:
-        return not infer.headed and infer.only is None and len(infer.pool.rows) > len(infer.refused) + 1
+        others = [row for row in self.candidates(infer) if row is not infer.row]
+        return not infer.headed and infer.only is None and bool(others)
 
     def channel_of(self, row: Row) -> Channel | None:
         session = self.sessions.get(row.session or "")
@@ -371,10 +402,10 @@ class Model:
         named = row.waiting
         pool = Pool(None) if name is None else self.find_pool(name) or Pool(name)
         before.rows.remove(row)
-        before.line = [infer for infer in before.line if infer not in named]
         pool.rows.append(row)
-        pool.line += named
         for infer in named:
+            before.leave(infer)
+            pool.join(infer)
             infer.pool = pool
         row.pool = pool
         self._strand(before)
@@ -572,7 +603,8 @@ class Model:
             return
         if row.status == "active" and not row.stands_still:
             while row.free and (infer := self._next(row)) is not None:
-                row.pool.line.remove(infer)
+                row.pool.serve(infer.who)
+                row.pool.leave(infer)
                 self._send(infer, row)
         self._consider(row.pool)
 
@@ -582,9 +614,12 @@ class Model:
 
     def _next(self, row: Row) -> Infer | None:
         drained = row.hold == "drain"
-        return next(
-            (i for i in row.pool.line if i.only == row.name or (not drained and row in self.candidates(i))), None
-        )
+        line = row.pool.line
+        for who in row.pool.ring:
+            for infer in line:
+                if infer.who == who and (infer.only == row.name or (not drained and row in self.candidates(infer))):
+                    return infer
+        return None
 
     def _consider(self, pool: Pool) -> None:
         """Wake what those who wait need: the row that one has named, or one of those that he may go to where none serves."""
@@ -605,7 +640,9 @@ class Model:
 
     # Infers and wakes
 
-    def infer(self, name: str, stream: bool, reads: bool, late: bool, pick: str | None) -> Infer | None:
+    def infer(
+        self, name: str, stream: bool, reads: bool, late: bool, pick: str | None, who: str | None
+    ) -> Infer | None:
         """None: accepted, and offline at once.
 
         Args:
@@ -614,6 +651,7 @@ class Model:
             reads: whether its caller reads on.
             late: by what has been measured it would wait for longer than it can.
             pick: of several rows that are free, the one that the broker chose.
+            who: whose key it came with.
         """
         if self.stopping:
             raise Refused("shutting_down")
@@ -621,6 +659,7 @@ class Model:
         if row is None and pool is None:
             raise Refused("model_not_found")
         infer = Infer(self._key("i"), asked=name, stream=stream, reads=reads, total_until=self.now + TIMES["total_s"])
+        infer.who = who
         infer.pool, infer.only = (pool, None) if row is None else (row.pool, name)
         place = self._place(infer, late, pick)
         if place == "full":
@@ -646,14 +685,20 @@ class Model:
             assert pick is None or pick in {row.name for row in free}, (pick, free)
             return next((row for row in free if row.name == pick), free[0])
         same = [each for each in line if each.only == infer.only]
-        full = len(same) >= BOUNDS["max_waiting_per_llm"] or len(self.waiting()) >= BOUNDS["max_waiting"]
-        return "full" if full or late else "queue"
+        in_line, in_all = BOUNDS["max_waiting_per_llm"] - len(same), BOUNDS["max_waiting"] - len(self.waiting())
+        room = min(in_line, in_all)
+        if infer.who is not None:  # nobody may have more waiting, in a line or in all, than there is still room for
+            own = sum(each.who == infer.who for each in self.waiting())
+            own_in_line = sum(each.who == infer.who for each in line)
+            room = min(in_line - own_in_line, in_all - own, BOUNDS["max_waiting_per_key"] - own)
+        return "full" if room <= 0 or late else "queue"
 
     def _go(self, infer: Infer, place: Row | str) -> None:
         if isinstance(place, Row):
+            infer.pool.serve(infer.who)
             self._send(infer, place)
             return
-        infer.pool.line.append(infer)
+        infer.pool.join(infer)
         self._wait(infer)
         self._consider(infer.pool)
         for row in self.candidates(infer):
@@ -707,7 +752,7 @@ class Model:
         infer.row = infer.channel = None
         row, pool = self.rows.get(infer.asked), self.find_pool(infer.asked)
         infer.pool, infer.only = (pool, None) if row is None else (row.pool, row.name)
-        infer.pool.line.insert(0, infer)
+        infer.pool.join(infer, first=True)
         self._wait(infer)
 
     def _withdraw_frame(self, task: Task) -> None:
@@ -716,7 +761,10 @@ class Model:
     def _end(self, infer: Infer, outcome: str, code: str, phase: str | None = None, **how: object) -> None:
         assert infer.key not in self.ends, "invariant 2"
         row = infer.row
-        (infer.pool.line if row is None else row.sent).remove(infer)
+        if row is None:
+            infer.pool.leave(infer)
+        else:
+            row.sent.remove(infer)
         self.ends[infer.key] = (outcome, code, phase)
         self.counted[outcome] += 1
         self._over(infer, **how)
@@ -796,8 +844,8 @@ class Model:
         for infer in waiters:
             if infer.only is None:  # whoever may go to another row does
                 infer.refused.add(row.name)
-                infer.pool.line.remove(infer)
-                infer.pool.line.append(infer)
+                infer.pool.leave(infer)
+                infer.pool.join(infer)
             if infer.only is None and any(self.is_routable(other) for other in self.candidates(infer)):
                 self._wait(infer)
             else:
@@ -986,7 +1034,8 @@ class Model:
         self._note_unused()
         self.begin()
         for row in self.rows.values():
-            row.pool.line, row.sent, row.stops, row.wake = [], [], [], None
+            row.sent, row.stops, row.wake = [], [], None
+            row.pool.line, row.pool.ring, row.pool.last = [], [], ()
             self._lose(row)
         for session in self.sessions.values():
             session.settled = []
@@ -1085,6 +1134,7 @@ class Model:
                 r.remembers,
                 r.since,
                 tuple((i.key, i.phase, len(i.refused)) for i in r.pool.line),
+                tuple(r.pool.ring),
                 tuple(sorted((i.key, i.taken) for i in r.sent)),
                 frozenset(s.infer.key for s in r.stops),
                 r.wake is not None and (r.wake.key, r.wake.taken),

@@ -27,7 +27,7 @@ from wakecall.broker import Broker
 from wakecall.errors import ModelOffline, TaskOver
 from wakecall.frames import Frame
 from wakecall.health import Health
-from wakecall.models import Event, InferSettled, SlotReleased, WakeSettled
+from wakecall.models import Event, InferSettled, Key, SlotReleased, WakeSettled
 from wakecall.placement import estimate_wait
 from wakecall.session import Channel
 from wakecall.store.base import MemoryStore
@@ -52,6 +52,10 @@ statuses = st.sampled_from(["active", "hibernating"])
 
 #: Whether rows are in pools is the machine's: see there.
 pool = st.runner().flatmap(lambda machine: st.sampled_from(machine.pools))
+
+
+#: Whose keys callers come with, likewise.
+who = st.runner().flatmap(lambda machine: st.sampled_from(machine.keyholders))
 
 
 def some_specs(*names, min_size=1):
@@ -194,6 +198,8 @@ class Line:
 class Machine(RuleBasedStateMachine):
     #: The pools that a row may be in.
     pools: Sequence[str | None] = (None,)
+    #: The keys that callers may have; None: none is needed.
+    keyholders: Sequence[str | None] = (None,)
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +212,7 @@ class Machine(RuleBasedStateMachine):
         self.lines: dict[str, Line] = {}
         self.uploads: dict[str, Upload] = {}
         self.events: list[Event] = []
-        self.taken: dict[str, int] = {}
+        self.taken: dict[str, tuple[int, int | None]] = {}
         self.oversubscribed: list[tuple[str, int, int]] = []
         self.ended: dict[str, InferSettled | WakeSettled] = {}
         self.released: set[tuple[str, str]] = set()
@@ -225,6 +231,9 @@ class Machine(RuleBasedStateMachine):
     async def keep(self, task_status: trio.TaskStatus[Broker]) -> None:
         async with open_broker(self.store, CONFIG) as broker:
             broker.add_observer(self.on_event)
+            for who in {*self.keyholders} - {None}:
+                # Not of the store's: it is their turns that matter here, not who may call.
+                broker._directory.keyring.add(Key(who, "client", "anna", who, 0.0))
             task_status.started(broker)
             await self.closing.wait()
         self.closed = True
@@ -232,11 +241,15 @@ class Machine(RuleBasedStateMachine):
     def on_event(self, event: Event) -> None:
         """In the middle of a step too, no row has more than it has slots, unless a register has just lowered them."""
         self.events.append(event)
+        self.look()
+
+    def look(self) -> None:
         for name, row in self.broker._directory.rows.items():
             taken, most = row.in_flight + row.stopping, row.llm.max_concurrency
-            if most is not None and taken > max(most, self.taken.get(name, 0)):
+            before, most_before = self.taken.get(name, (0, most))
+            if most is not None and most == most_before and taken > max(most, before):
                 self.oversubscribed.append((name, taken, most))  # an observer must not raise
-            self.taken[name] = taken
+            self.taken[name] = taken, most
 
     def close(self) -> None:
         """Everything is joined, and nothing is left."""
@@ -428,21 +441,27 @@ class Machine(RuleBasedStateMachine):
 
     # Clients
 
-    @rule(name=chosen(callable_rows), stream=st.booleans(), reads=st.sampled_from([True, True, False]), settle=settles)
-    def infer(self, name, stream, reads, settle):
+    @rule(
+        name=chosen(callable_rows),
+        stream=st.booleans(),
+        reads=st.sampled_from([True, True, False]),
+        settle=settles,
+        who=who,
+    )
+    def infer(self, name, stream, reads, settle, who=None):
         late = self.stage.do(self.would_be_late, name)
         picked = []
 
         def ask_broker():
             try:
-                infer = self.stage.do(self.broker.infer_nowait, name, InferRequest("/v1/x", b"{}", stream=stream))
+                infer = self.stage.do(self.accept, name, InferRequest("/v1/x", b"{}", stream=stream), who)
             except ModelOffline:
                 return None  # accepted all the same
             picked.append(None if infer.row is None else infer.row.llm.name)
             return infer
 
         expected, answer = self.ask(
-            lambda: self.model.infer(name, stream, reads, late, picked[0] if picked else None),
+            lambda: self.model.infer(name, stream, reads, late, picked[0] if picked else None, who),
             ask_broker,
             settle=False,
         )
@@ -454,6 +473,12 @@ class Machine(RuleBasedStateMachine):
         if settle:
             self.check()
 
+    def accept(self, name, request, who):
+        if who is None:
+            return self.broker.infer_nowait(name, request)
+        with self.broker.claim(self.broker._directory.keyring.callers[who]) as claim:
+            return self.broker.infer_nowait(name, request, claim=claim)
+
     def would_be_late(self, name):
         """By the broker's own estimate: what it measures is not the model's business, but what it makes of that is."""
         row = self.broker._directory.rows.get(name)
@@ -464,11 +489,11 @@ class Machine(RuleBasedStateMachine):
         wait_s = estimate_wait([load], len(line))
         return wait_s is not None and wait_s > min(CONFIG.queue_s, CONFIG.total_s)
 
-    @rule(name=chosen(callable_rows), count=st.integers(2, 4))
-    def infers(self, name, count):
+    @rule(name=chosen(callable_rows), whose=st.lists(who, min_size=2, max_size=4))
+    def infers(self, name, whose):
         """Several in one instant."""
-        for _ in range(count):
-            self.infer(name, False, True, False)
+        for who in whose:
+            self.infer(name, False, True, False, who)
         self.check()
 
     @rule(
@@ -841,8 +866,8 @@ class Machine(RuleBasedStateMachine):
     def compare_state(self, model: theory.Model) -> None:
         broker = self.broker
         counted = check_invariants(broker)
+        self.look()
         assert self.oversubscribed == [], "invariant 3"
-        self.taken = {name: row.in_flight + row.stopping for name, row in broker._directory.rows.items()}
         ends, held = model.counted, [t for t in model.sent() if not isinstance(t, theory.Infer)]
         assert {
             "accepted": counted.accepted,
@@ -855,6 +880,11 @@ class Machine(RuleBasedStateMachine):
         } == ends
         assert counted.wakes_in_flight == len(held)
         assert counted.waiting == len(model.waiting())
+        for who, caller in broker._directory.keyring.callers.items():
+            assert caller.waiting == sum(infer.who == who for infer in model.waiting())
+            assert caller.in_flight == sum(
+                isinstance(t, theory.Infer) and t.who == who and not t.over for t in model.tasks.values()
+            )
 
         # A session may have been forgotten: see the model.
         known = {view.record.session_id: view for view in broker.session_views()}
@@ -1064,6 +1094,7 @@ class PooledMachine(Machine):
     """
 
     pools = (None, "p", "p", "p", "q")
+    keyholders = (None, "k1", "k1", "k2", "k3")
 
     @rule(name=chosen(callable_rows), hold=st.sampled_from(["drain", "pause", None, None]))
     def hold(self, name, hold):
