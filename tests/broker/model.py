@@ -30,8 +30,8 @@ TIMES = {
     "cancel_lease_s": 10.0,
 }
 BOUNDS = {
-    "max_waiting_per_llm": 3,
-    "max_waiting": 5,
+    "max_waiting_per_llm": 4,
+    "max_waiting": 7,
     "max_waiting_per_key": 2,
     "max_settled_per_session": 4,
     "max_sessions_per_owner": 2,

@@ -132,6 +132,12 @@ def callable_rows(machine):
     return [*NAMES, *live * 6, *pools * 18]
 
 
+def narrow(machine):
+    """Names of rows that have few slots, and take infers."""
+    model = machine.model
+    return [r.name for r in model.rows.values() if r.status == "active" and r.slots and model.is_routable(r)]
+
+
 sessions = chosen(known)
 
 
@@ -1102,6 +1108,15 @@ class PooledMachine(Machine):
             lambda: self.model.hold(name, hold),
             lambda: self.stage.wait(lambda: self.broker.resume(name) if hold is None else self.broker.hold(name, hold)),
         )
+
+    @precondition(narrow)
+    @rule(name=chosen(narrow), whose=st.permutations(["k1", "k1", "k2", "k3"]), answers=st.integers(2, 5))
+    def in_turns(self, name, whose, answers):
+        """Several wait for one slot or two, and one after another is answered."""
+        self.infers(name, whose)
+        for _ in range(answers):
+            for task in [task for task in free(self) if self.model.tasks[task].row.name == name][:1]:
+                self.answer(task, b"", 200)
 
     @rule(session=sessions, stranger=seldom, paused=st.sampled_from([True, False, False]))
     def pause(self, session, stranger, paused):
