@@ -912,7 +912,9 @@ class Machine(RuleBasedStateMachine):
             expected = self.expected_row(model, model.rows[name])
             wrong = {word: (seen[word], expected[word]) for word in seen if seen[word] != expected[word]}
             assert not wrong, (name, wrong)
-        # Of a pool's rows which is asked first is the broker's business.
+        # Which of a session's or a pool's rows is asked first is the broker's business.
+        order = [name for session in broker._directory.sessions.values() for name in session.rows]
+        model.rows = {name: model.rows[name] for name in dict.fromkeys([*order, *model.rows])}
         for pool in model.pools():
             if pool.name is not None:
                 theirs = broker._directory.pools[pool.name]
