@@ -787,7 +787,8 @@ class Model:
 
     def _hold(self, infer: Infer, channel: Channel) -> None:
         """Its slot stays taken until its publisher has stopped, as far as can be told."""
-        on_it = sum(stop.channel is channel for stop in self.stops())
+        rows = {id(row): row for row in (*self.rows.values(), infer.row)}  # its own may just be going
+        on_it = sum(stop.channel is channel for row in rows.values() for stop in row.stops)
         if channel.state != "ended" and on_it < BOUNDS["max_settled_per_session"]:
             until = self.now + TIMES["cancel_lease_s"]
             if infer.row.drains:
