@@ -1,0 +1,471 @@
+"""The ASGI guard: what a request may do to the app, and what the app may do with its request.
+
+Quart buffers a body without limit, takes the end of its own answer for the peer's end, and hands out HTML where it
+fails. So the guard stands between server and Quart and owns three things:
+
+* **The body.** Quart is told at once that there is none. Its reader task, which goes on asking for messages, is the
+  pump: pieces wait in the `Exchange`, two at most, until the handler takes one; only then is another asked for. So a
+  handler that stands still closes the kernel's window, and nothing is spawned for it.
+* **The end.** `http.disconnect` before the answer's last message means that the peer is gone: callbacks run at that
+  moment, whatever the handler is stuck in, then Quart hears it and cancels the handler. After the last message it is
+  only Hypercorn tidying up; it is withheld, or Quart would cancel the very `send` that goes back to idle.
+* **The head.** Each answer gets its request id and, under `/v1`, the headers that keep it from being a page.
+
+`scope["wakecall.exchange"]` is the handler's side of it. An app under the guard must keep a task in `receive`, as Quart
+does; otherwise no body ever arrives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Protocol
+
+import trio
+
+from ..errors import InternalError, RequestTimeout, RequestTooLarge
+from ..faults import leaves_of, stacks_of
+from .budget import BodyBudget
+from .cors import Cors
+from .refusal import error_body, error_headers, marks_of, pick_request_id
+
+__all__ = ["BodyBudget", "BodyStream", "ClientGone", "Exchange", "Guard", "GuardSettings", "current_exchange_of"]
+
+logger = logging.getLogger("wakecall.server")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
+
+EXCHANGE_KEY = "wakecall.exchange"
+_MARKS = frozenset({b"x-request-id", b"x-content-type-options", b"content-security-policy"})
+
+
+class ClientGone(Exception):
+    """The peer broke off: its body will never be whole. Nobody's fault, and nobody is there to be answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardSettings:
+    """
+    Args:
+        body_stall_s: seconds that `Exchange.read_body` waits for the next byte of a body, and
+        body_s: seconds for all of it: a byte now and then would hold its connection for ever.
+        drain_bytes: bytes of an unwanted body that are read and dropped while the answer is made.
+    """
+
+    body_stall_s: float = 60.0
+    body_s: float = 900.0
+    drain_bytes: int = 1 << 20
+
+
+class _Connection(Protocol):
+    """What the guard asks of `barrier.Connection`."""
+
+    @property
+    def request_id(self) -> bytes: ...
+    def vouch(self) -> None: ...
+    def cut(self) -> None: ...
+    def abort(self) -> None: ...
+    def on_progress(self, callback: Callable[[], None] | None) -> None: ...
+    async def send_continue(self) -> None: ...
+
+
+class Guard:
+    """Pure ASGI middleware: `app.asgi_app = Guard(app.asgi_app)`.
+
+    Args:
+        app: the ASGI app to guard.
+        settings: bounds for one request.
+        budget: shared by every request; one of its own, of 1 GiB, when left out.
+        cors: what browsers are told; None: nothing.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: GuardSettings | None = None,
+        budget: BodyBudget | None = None,
+        cors: Cors | None = None,
+    ) -> None:
+        self.app = app
+        self.settings = settings or GuardSettings()
+        self.budget = budget or BodyBudget()
+        self.cors = cors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send, self)
+        scope[EXCHANGE_KEY] = exchange
+        try:
+            await self.app(scope, exchange._receive_for_app, exchange._send_from_app)
+        except* Exception as group:
+            await exchange._fail(group)
+        finally:
+            exchange._end()
+
+
+def current_exchange_of(scope: Scope) -> Exchange:
+    """The exchange of a request that came through a `Guard`; in a Quart handler, `scope` is `request.scope`."""
+    exchange = scope[EXCHANGE_KEY]
+    assert isinstance(exchange, Exchange)
+    return exchange
+
+
+class Exchange:
+    """One request and its answer, as the handler sees them. Made by `Guard`; over when the app returns.
+
+    All that changes: the pieces of the body that nobody took yet, whether the body is complete or unwanted, whether
+    the peer is gone, how far the answer is.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, guard: Guard) -> None:
+        self._receive = receive
+        self._send = send
+        self._settings = guard.settings
+        self._budget = guard.budget
+        self._connection: _Connection | None = (scope.get("extensions") or {}).get("wakecall.connection")
+        self._path: str = scope["path"]
+        headers = scope["headers"]
+        self._request_id = self._connection.request_id if self._connection else pick_request_id(headers)
+        self._marks = guard.cors.marks(self._path, headers) if guard.cors is not None else []
+        self._declared_bytes, self._expects_continue = _framing_of(headers)
+
+        self._added_headers: list[tuple[bytes, bytes]] = []
+        self._told_app = False
+        self._pieces: deque[bytes] = deque()
+        self._complete = False
+        self._dropping = False
+        self._dropped_bytes = 0
+        self._body_taken = self._reading = False
+        self._arrival: trio.Event | None = None
+        self._room: trio.Event | None = None
+        self._held_bytes = 0
+        self._key_id: str | None = None
+
+        self._gone = False
+        self._callbacks: list[Callable[[], None]] = []
+        self._watches_progress = False
+        self._started = self._finished = self._was_cut = False
+
+    # The handler's side --------------------------------------------------------------------------------------------
+
+    @property
+    def request_id(self) -> str:
+        """The caller's `x-request-id` if well-formed, else a fresh one. Every answer carries it."""
+        return self._request_id.decode("ascii")
+
+    @property
+    def declared_bytes(self) -> int | None:
+        """The request's Content-Length; None for a chunked body, 0 for no body."""
+        return self._declared_bytes
+
+    @property
+    def client_is_gone(self) -> bool:
+        """Whether the peer left before the answer was finished."""
+        return self._gone
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the answer's head went out."""
+        return self._started
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more of the answer goes out: its last message did, or it was cut."""
+        return self._finished
+
+    def vouch(self, key_id: str | None = None) -> None:
+        """The peer may call here: from now on his connection is not one of the strangers' (`room`).
+
+        Args:
+            key_id: on which key's account his body is held; None: he needs none.
+        """
+        self._key_id = key_id
+        if self._connection is not None:
+            self._connection.vouch()
+
+    async def read_body(self, max_bytes: int) -> bytes:
+        """The whole body. It counts against the budget until `release_body` or the end of the exchange.
+
+        Args:
+            max_bytes: the largest body that is taken.
+
+        Raises:
+            RequestTooLarge: more was declared, or arrived.
+            QueueFull: the budget of all requests is used up, or his key's share of it.
+            RequestTimeout: not a byte arrived for `body_stall_s`, or not all of it in `body_s`.
+            ClientGone: the peer left before the body was complete.
+        """
+        self._claim_body()
+        if self._declared_bytes is not None and self._declared_bytes > max_bytes:
+            raise RequestTooLarge(f"The body is larger than {max_bytes} bytes.")
+        self._reading = True
+        # One array, for a list of tiny pieces would weigh many times what is in them.
+        body = bytearray()
+        due = trio.current_time() + self._settings.body_s
+        try:
+            while (piece := await self._next_piece(self._settings.body_stall_s, due)) is not None:
+                if self._held_bytes + len(piece) > max_bytes:
+                    raise RequestTooLarge(f"The body is larger than {max_bytes} bytes.")
+                self._budget.take(len(piece), self._key_id, for_client=self._path.startswith("/v1/"))
+                self._held_bytes += len(piece)
+                body += piece
+        except Exception:
+            self.release_body()
+            raise
+        finally:
+            self._reading = False
+        return bytes(body)
+
+    def release_body(self) -> None:
+        """Give back what `read_body` took from the budget: nobody holds the body any more."""
+        self._budget.give_back(self._held_bytes, self._key_id)
+        self._held_bytes = 0
+
+    def stream_body(self) -> BodyStream:
+        """The body's pieces (of at most 64 KiB) as they arrive; the peer is held back until each was taken.
+
+        No deadline holds here: wrap `anext` in a scope of your own. One that is cancelled loses nothing.
+        """
+        self._claim_body()
+        self._reading = True
+        return BodyStream(self)
+
+    def add_headers(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Have these in the answer, whoever makes it. Names in lower case; after the head has gone out they are not."""
+        self._added_headers += headers
+
+    def on_disconnect(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called once if the peer leaves before the answer's last message, at that moment.
+
+        It runs in the task that reads from the server, not in the handler's: it must not block. If the peer is gone
+        already it runs now. After the last message it never does.
+        """
+        if self._gone:
+            callback()
+        elif not self._finished:
+            self._callbacks.append(callback)
+
+    def on_progress(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called whenever the peer takes bytes of this answer that waited for it.
+
+        A peer that is slow but reads is told so from one that takes nothing. It runs in the task that writes: it must not
+        block. After the answer's last message it is not called any more.
+        """
+        if self._connection is not None and not self._finished:
+            self._watches_progress = True
+            self._connection.on_progress(callback)
+
+    def cut(self) -> None:
+        """End the answer here: the client gets what was sent, then sees that its end is missing.
+
+        The connection is half-closed behind the bytes that are already written; what the app still sends is dropped.
+        Callbacks do not run: it was not the client that left. A handler that goes on is cancelled a little later.
+        """
+        if not self._finished:
+            self._was_cut = True
+            self._finish()
+            if self._connection is not None:
+                self._connection.cut()
+
+    def abort(self) -> None:
+        """End the connection at once with a reset, dropping what is unsent: for a peer not worth waiting for."""
+        self._was_cut = True
+        self._finish()
+        if self._connection is not None:
+            self._connection.abort()
+
+    # The app's side: what Quart calls ------------------------------------------------------------------------------
+
+    async def _receive_for_app(self) -> Message:
+        if not self._told_app:
+            self._told_app = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        while True:
+            await self._wait_until_wanted()
+            message = await self._receive()
+            if message["type"] == "http.request":
+                self._arrive(message.get("body", b""), more=message.get("more_body", False))
+            elif self._finished and not self._was_cut:
+                await trio.sleep_forever()
+            else:
+                if not self._was_cut:
+                    self._lose_client()
+                return {"type": "http.disconnect"}
+
+    async def _send_from_app(self, message: Message) -> None:
+        if self._finished or self._gone:
+            await trio.lowlevel.checkpoint()
+            return
+        if message["type"] == "http.response.start":
+            self._started = True
+            if not self._complete and not self._reading:
+                self._drop_body()
+            headers = [pair for pair in message.get("headers", ()) if pair[0].lower() not in _MARKS]
+            headers += marks_of(self._path, self._request_id) + self._marks + self._added_headers
+            message = {**message, "headers": headers}
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            if message.get("body"):
+                # In two steps, so that a peer that leaves while this is written still counts as one that left.
+                await self._send({**message, "more_body": True})
+                if self.is_over:
+                    return
+            self._finish()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+
+    # The guard's ---------------------------------------------------------------------------------------------------
+
+    async def _fail(self, group: ExceptionGroup[Exception]) -> None:
+        """An exception came out of the app: 500 if that can still be said, else the cut."""
+        if self._gone and all(isinstance(leaf, ClientGone) for leaf in leaves_of(group)):
+            return
+        logger.error("request %s failed: %s", self.request_id, stacks_of(group))
+        if self._gone or self._finished:
+            return
+        if self._started:
+            self.cut()
+            return
+        error = InternalError("Internal error.")
+        body = error_body(error, self._path)
+        headers = error_headers(error, body, self._path, self._request_id)
+        await self._send_from_app({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self._send_from_app({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _end(self) -> None:
+        self._callbacks.clear()
+        self._ignore_progress()
+        self._pieces.clear()
+        self.release_body()
+
+    def _finish(self) -> None:
+        self._finished = True
+        self._callbacks.clear()
+        self._ignore_progress()
+        self._drop_body()
+
+    def _ignore_progress(self) -> None:
+        # Once only: behind the last message the connection may be the next request's.
+        if self._watches_progress and self._connection is not None:
+            self._watches_progress = False
+            self._connection.on_progress(None)
+
+    def _lose_client(self) -> None:
+        self._gone = True
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception as error:
+                logger.error("request %s: on_disconnect failed: %s", self.request_id, stacks_of(error))
+        self._wake_handler()
+
+    # The body ------------------------------------------------------------------------------------------------------
+
+    def _claim_body(self) -> None:
+        if self._body_taken:
+            raise RuntimeError("the body of a request can be read once")
+        self._body_taken = True
+        self._wake_pump()
+
+    async def _next_piece(self, stall_s: float = inf, due: float = inf) -> bytes | None:
+        """The next piece, None at a complete body's end. Cancelled, it has taken nothing.
+
+        Raises:
+            RequestTimeout: nothing arrived for `stall_s` seconds, or until `due` (`trio.current_time()`).
+            ClientGone: the peer left before the end, or what it sent was dropped: the answer came first.
+        """
+        while not self._pieces:
+            if self._complete and not self._dropped_bytes:
+                return None
+            if self._gone or self._dropping:
+                raise ClientGone
+            self._arrival = trio.Event()
+            with trio.CancelScope(deadline=min(trio.current_time() + stall_s, due)) as scope:
+                await self._arrival.wait()
+            if scope.cancelled_caught:
+                raise RequestTimeout("The request's body did not arrive in time.")
+        piece = self._pieces.popleft()
+        self._wake_pump()
+        return piece
+
+    async def _wait_until_wanted(self) -> None:
+        """Block while the next piece must not be asked for: that is what holds the peer back."""
+        while True:
+            if self._dropping:
+                held_back = self._dropped_bytes > self._settings.drain_bytes and not self._finished
+            elif self._expects_continue and not self._body_taken and not self._started:
+                held_back = True
+            else:
+                # One more than the handler has in hand: behind a small body's only piece stand its end and the peer's.
+                held_back = len(self._pieces) > 1
+            if not held_back:
+                return
+            self._room = trio.Event()
+            await self._room.wait()
+
+    def _arrive(self, body: bytes, *, more: bool) -> None:
+        if self._dropping:
+            self._dropped_bytes += len(body)
+        elif body:
+            self._pieces.append(body)
+        self._complete = self._complete or not more
+        self._wake_handler()
+
+    def _drop_body(self) -> None:
+        self._dropping = True
+        self._dropped_bytes += sum(map(len, self._pieces))
+        self._pieces.clear()
+        self._wake_pump()
+        self._wake_handler()
+
+    def _wake_handler(self) -> None:
+        if self._arrival is not None:
+            self._arrival.set()
+
+    def _wake_pump(self) -> None:
+        if self._room is not None:
+            self._room.set()
+
+
+class BodyStream:
+    """An async iterator over a body's pieces. Ends only at a complete body.
+
+    Raises, from `anext`:
+        ClientGone: the peer left before the end.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def __aiter__(self) -> BodyStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        piece = await self._exchange._next_piece()
+        if piece is None:
+            self._exchange._reading = False
+            raise StopAsyncIteration
+        return piece
+
+
+def _framing_of(headers: Any) -> tuple[int | None, bool]:
+    """The declared length (None: chunked), and whether the peer waits to be asked for its body. h11 checked both."""
+    declared: int | None = 0
+    expects = False
+    for name, value in headers:
+        if name == b"transfer-encoding":
+            declared = None
+        elif name == b"content-length" and declared is not None:
+            declared = int(value.partition(b",")[0])
+        elif name == b"expect" and value.strip().lower() == b"100-continue":
+            expects = True
+    return declared, expects and declared != 0

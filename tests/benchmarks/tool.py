@@ -1,0 +1,158 @@
+"""`load.c`, compiled once for each of its versions, and how it is asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .servers import Server, load_core
+from .sizes import ANSWER, EVENT, EVENTS
+
+__all__ = ["Publisher", "build", "paced", "publishing", "requests", "streams"]
+
+_SOURCE = Path(__file__).with_name("load.c")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publisher:
+    """The publisher that answers beside the load, in its process.
+
+    Args:
+        server: whose publisher; its key is used.
+        session: its id, and the name of its one row.
+        is_shared: plain answers go as records on one shared upload.
+        pace: events a second of each stream; None: as fast as they go.
+        events: of a stream.
+        kept: connections for results, at the most.
+    """
+
+    server: Server
+    session: str = "bench"
+    is_shared: bool = False
+    pace: float | None = None
+    events: int = EVENTS
+    kept: int = 64
+
+
+def build() -> Path:
+    """The program. Raises RuntimeError if there is no compiler."""
+    source = _SOURCE.read_bytes()
+    folder = Path(tempfile.gettempdir()) / f"wakecall-bench-{os.getuid()}"
+    program = folder / f"load-{hashlib.sha256(source).hexdigest()[:16]}"
+    if program.exists():
+        return program
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise RuntimeError("the benchmark needs a C compiler as `cc`: apt-get install gcc libc6-dev")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    fresh = program.with_suffix(f".{os.getpid()}")
+    subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-o", fresh, _SOURCE], check=True)
+    fresh.rename(program)  # so that nobody meets half a program
+    return program
+
+
+def requests(
+    port: int, asked: Sequence[bytes], connections: int, seconds: float, publisher: Publisher | None = None
+) -> dict[str, Any]:
+    """Repeat one request on each connection; connection i has `asked[i % len(asked)]`. See `load.c` for what is found."""
+    return _run("requests", port, asked, connections, seconds, publisher)
+
+
+def streams(
+    port: int, asked: bytes, connections: int, seconds: float, publisher: Publisher | None = None
+) -> dict[str, Any]:
+    """The same, and count the events of each answer."""
+    return _run("streams", port, [asked], connections, seconds, publisher)
+
+
+def paced(
+    port: int, asked: bytes, connections: int, seconds: float, publisher: Publisher | None = None
+) -> dict[str, Any]:
+    """Ask once on each connection for a stream of stamped events, which takes about `seconds`."""
+    return _run("paced", port, [asked], connections, seconds, publisher)
+
+
+@contextmanager
+def publishing(publisher: Publisher, seconds: float) -> Iterator[None]:
+    """A publisher in a process of its own, for at most so long."""
+    with _files([]) as folder:
+        command = [*_command("publish"), *_as_options(publisher, folder), "--limit", str(seconds)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_onto_its_core
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            if not process.stdout.readline():
+                raise RuntimeError("the publisher did not start")
+            yield
+        finally:
+            process.stdin.close()
+            process.wait(10)
+            process.stdout.close()
+
+
+def _run(
+    mode: str, port: int, asked: Sequence[bytes], connections: int, seconds: float, publisher: Publisher | None
+) -> dict[str, Any]:
+    with _files(asked) as folder:
+        command = [*_command(mode), "--port", str(port), "--connections", str(connections), "--seconds", str(seconds)]
+        for number in range(len(asked)):
+            command += ["--request", str(folder / str(number))]
+        if publisher is not None:
+            command += _as_options(publisher, folder)
+        ran = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_onto_its_core
+        )
+    if ran.returncode:
+        raise RuntimeError(f"{mode}: {ran.stderr.strip() or f'ended with {ran.returncode}'}")
+    found = json.loads(ran.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def _command(mode: str) -> list[str]:
+    return [str(build()), mode]
+
+
+def _onto_its_core() -> None:
+    core = load_core()
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+
+
+@contextmanager
+def _files(asked: Sequence[bytes]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number, request in enumerate(asked):
+            (folder / str(number)).write_bytes(request)
+        (folder / "answer").write_bytes(ANSWER)
+        (folder / "event").write_bytes(EVENT)
+        yield folder
+
+
+def _as_options(publisher: Publisher, folder: Path) -> list[str]:
+    options: dict[str, object] = {
+        "--publish-port": publisher.server.port,
+        "--session": publisher.session,
+        "--answer": folder / "answer",
+        "--event": folder / "event",
+        "--events": publisher.events,
+        "--kept": publisher.kept,
+    }
+    if publisher.server.publisher is not None:
+        options["--key"] = publisher.server.publisher
+    if publisher.pace is not None:
+        options["--pace"] = publisher.pace
+    words = [str(word) for pair in options.items() for word in pair]
+    return [*words, "--shared"] if publisher.is_shared else words
