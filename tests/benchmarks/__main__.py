@@ -1,133 +1,65 @@
-"""`python -m tests.benchmarks [--seconds S] [--rounds N]`: a table of ratios to the floor, median and spread."""
+"""`python -m tests.benchmarks`: every figure beside its floor, over some rounds, as a table. See `--help`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import os
-import statistics
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from pathlib import Path
 
-import trio
+from . import growth, tool
+from .report import Figure, as_json, as_markdown, machine, summarise
 
-from .load import Connection, connect, post, run_callers, run_publisher, with_key
-from .server import EVENTS
-
-CHAT = {"model": "bench", "messages": [{"role": "user", "content": "z" * 330}]}
-PLAIN = post("/v1/chat/completions", json.dumps(CHAT).encode())
-STREAM = post("/v1/chat/completions", json.dumps({**CHAT, "stream": True}).encode())
-FLOOR_PLAIN = PLAIN
-FLOOR_STREAM = STREAM.replace(b"/v1/chat/completions", b"/stream", 1)
-HEARTBEAT = post("/publisher/v1/sessions/beat-%d/heartbeat", b"{}")
-
-
-@contextmanager
-def server(kind: str, core: int | None) -> Iterator[list[str]]:
-    """A server in a process of its own, on a core of its own where there are two. Yields its port and keys."""
-    command = [sys.executable, "-m", "tests.benchmarks.server", kind]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        if core is not None:
-            os.sched_setaffinity(process.pid, {core})
-        assert process.stdout is not None
-        yield process.stdout.readline().split()
-    finally:
-        process.terminate()
-        process.wait()
-
-
-async def plain(port: int, request: bytes, callers: int, seconds: float) -> float:
-    async def work(connection: Connection) -> None:
-        await connection.ask(request)
-
-    done, took = await run_callers(port, callers, seconds, work)
-    return done / took
-
-
-async def streams(port: int, request: bytes, seconds: float) -> float:
-    async def work(connection: Connection) -> None:
-        assert await connection.count_events(request) == EVENTS
-
-    done, took = await run_callers(port, 64, seconds, work)
-    return done * EVENTS / took
-
-
-async def heartbeats(port: int, seconds: float) -> float:
-    names = iter(range(32))
-    spec = '{"llms": [{"name": "beat-%d"}]}'
-    async with connect(port) as connection:
-        for number in range(32):
-            register = post(f"/publisher/v1/sessions/beat-{number}", (spec % number).encode())
-            await connection.ask(register.replace(b"POST", b"PUT", 1))
-    requests: dict[Connection, bytes] = {}
-
-    async def work(connection: Connection) -> None:
-        if connection not in requests:
-            requests[connection] = HEARTBEAT.replace(b"%d", b"%d" % next(names), 1)
-        await connection.ask(requests[connection])
-
-    done, took = await run_callers(port, 32, seconds, work)
-    return done / took
-
-
-async def one_round(
-    floor: int, broker: int, keyed: tuple[int, str, str], seconds: float
-) -> dict[str, tuple[float, float]]:
-    """Floor and broker in turn, so that both see the same machine."""
-    found = {}
-    async with trio.open_nursery() as nursery:
-        await nursery.start(partial(run_publisher, broker, 64))
-        for callers in (32, 1):
-            name = f"plain infers, {callers} callers, requests/s"
-            found[name] = (
-                await plain(floor, FLOOR_PLAIN, callers, seconds),
-                await plain(broker, PLAIN, callers, seconds),
-            )
-        port, client, publisher = keyed
-        await nursery.start(partial(run_publisher, port, 64, publisher))
-        name = "plain infers, 32 callers, with keys and limits, requests/s"
-        found[name] = (
-            await plain(floor, FLOOR_PLAIN, 32, seconds),
-            await plain(port, with_key(PLAIN, client), 32, seconds),
-        )
-        found["64 streams, events/s"] = (
-            await streams(floor, FLOOR_STREAM, seconds),
-            await streams(broker, STREAM, seconds),
-        )
-        found["heartbeats, 32 sessions, requests/s"] = (
-            await plain(floor, FLOOR_PLAIN, 32, seconds),
-            await heartbeats(broker, seconds),
-        )
-        nursery.cancel_scope.cancel()
-    return found
+#: Modules with `GROUP` and `measure(seconds)`; each round goes through all of them.
+MODULES = ("traffic", "pace", "heartbeats")
+#: Those that `--peers` adds.
+PEER_MODULES = ("peers",)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--seconds", type=float, default=3.0, help="of load for each figure")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="groups, by name")
+    parser.add_argument("--peers", action="store_true", help="install what people use today, and measure it too")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="measure how cost grows, and draw it")
     options = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))
-    apart = len(cores) > 1
-    with ExitStack() as stack:
-        floor, broker, keyed = (
-            stack.enter_context(server(kind, cores[0] if apart else None)) for kind in ("floor", "wakecall", "keyed")
-        )
-        ports = int(floor[0]), int(broker[0]), (int(keyed[0]), keyed[1], keyed[2])
-        if apart:
-            os.sched_setaffinity(0, set(cores[1:]))
-        rounds = [trio.run(one_round, *ports, options.seconds) for _ in range(options.rounds)]
-    print("| what | floor | Wakecall | ratio (median) | min | max |\n| --- | --- | --- | --- | --- | --- |")
-    for name in rounds[0]:
-        pairs = [each[name] for each in rounds]
-        ratios = [ours / theirs for theirs, ours in pairs]
-        middle = [statistics.median(side) for side in zip(*pairs, strict=True)]
-        row = [name, f"{middle[0]:,.0f}", f"{middle[1]:,.0f}", f"{statistics.median(ratios):.2f}"]
-        print("| " + " | ".join([*row, f"{min(ratios):.2f}", f"{max(ratios):.2f}"]) + " |")
+    names = MODULES + (PEER_MODULES if options.peers else ())
+    groups = {module.GROUP: module for module in (importlib.import_module(f"{__package__}.{name}") for name in names)}
+    if unknown := set(options.only or ()) - groups.keys():
+        parser.error(f"no such group: {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
+    try:
+        tool.build()
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from error
+    rounds: list[list[Figure]] = []
+    is_whole = True
+    for number in range(options.rounds):
+        figures: list[Figure] = []
+        for name, group in groups.items():
+            if options.only is None or name in options.only:
+                print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr)
+                try:
+                    figures += group.measure(options.seconds)
+                except RuntimeError as error:
+                    print(f"{name} could not be measured: {error}", file=sys.stderr)
+                    is_whole = False
+        rounds.append(figures)
+    rows, facts = summarise(rounds), machine()
+    table = as_markdown(rows, facts)
+    print(table, end="")
+    if options.markdown is not None:
+        options.markdown.write_text(table)
+    if options.json is not None:
+        run = {"seconds": options.seconds, "rounds": options.rounds}
+        options.json.write_text(json.dumps(as_json(rows, facts, run), indent=2, ensure_ascii=False) + "\n")
+    if options.plots is not None:
+        growth.draw(options.plots, options.seconds)
+    if not is_whole:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-__all__ = ["ANSWER", "EVENT", "EVENTS", "chat", "paced_event", "post"]
+__all__ = ["ANSWER", "EVENT", "EVENTS", "HEARTBEAT_ANSWER", "chat", "paced_event", "post"]
 
-ANSWER = b'{"choices":[{"message":{"role":"assistant","content":"' + b"x" * 300 + b'"}}]}'
+ANSWER = b'{"choices":[{"message":{"role":"assistant","content":"' + b"x" * 340 + b'"}}]}'
 EVENT = b'data: {"choices":[{"delta":{"content":"' + b"y" * 134 + b'"}}]}\n\n'
 EVENTS = 200
+HEARTBEAT_ANSWER = b'{"llms":{"beat-10":"active"},"drop":[]}'
 assert len(EVENT) == 180
 
 _STAMPED = b'data: {"due":"%018d","at":"%018d","choices":[{"delta":{"content":"' + b"y" * 81 + b'"}}]}\n\n'

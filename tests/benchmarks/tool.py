@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 from .servers import Server, load_core
 from .sizes import ANSWER, EVENT, EVENTS
 
-__all__ = ["Publisher", "build", "paced", "publishing", "requests", "streams"]
+__all__ = ["Publisher", "build", "offers_shared", "paced", "publishing", "requests", "streams"]
 
 _SOURCE = Path(__file__).with_name("load.c")
 
@@ -44,7 +45,11 @@ class Publisher:
 
 
 def build() -> Path:
-    """The program. Raises RuntimeError if there is no compiler."""
+    """The program, compiled if this version of it is not there yet.
+
+    Raises:
+        RuntimeError: there is no compiler.
+    """
     source = _SOURCE.read_bytes()
     folder = Path(tempfile.gettempdir()) / f"wakecall-bench-{os.getuid()}"
     program = folder / f"load-{hashlib.sha256(source).hexdigest()[:16]}"
@@ -75,10 +80,39 @@ def streams(
 
 
 def paced(
-    port: int, asked: bytes, connections: int, seconds: float, publisher: Publisher | None = None
+    port: int,
+    asked: bytes,
+    connections: int,
+    publisher: Publisher | None = None,
+    *,
+    limit_s: float,
+    trim: tuple[float, float] = (2.0, 1.0),
 ) -> dict[str, Any]:
-    """Ask once on each connection for a stream of stamped events, which takes about `seconds`."""
-    return _run("paced", port, [asked], connections, seconds, publisher)
+    """Ask once on each connection for a stream of stamped events, and see how late each is read.
+
+    Args:
+        limit_s: seconds after which it is given up.
+        trim: seconds left out behind the last stream's begin, and before the first one's end.
+    """
+    extra = ["--trim-begin", str(trim[0]), "--trim-end", str(trim[1])]
+    return _run("paced", port, [asked], connections, limit_s, publisher, extra)
+
+
+def offers_shared(server: Server) -> bool:
+    """Whether the broker takes answers on one shared upload: `results` in the features of `hello`."""
+    headers = {"Authorization": f"Bearer {server.publisher}", "Content-Type": "application/json"}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    try:
+        connection.request("PUT", "/publisher/v1/sessions/probe", '{"llms": []}', headers)
+        connection.getresponse().read()
+        connection.request("GET", "/publisher/v1/sessions/probe/frames", headers=headers)
+        answer = connection.getresponse()
+        while not (line := answer.readline()).startswith(b"data: "):
+            if not line:
+                raise RuntimeError("the channel said no hello")
+        return "results" in json.loads(line[6:])["features"]
+    finally:
+        connection.close()
 
 
 @contextmanager
@@ -102,17 +136,22 @@ def publishing(publisher: Publisher, seconds: float) -> Iterator[None]:
 
 
 def _run(
-    mode: str, port: int, asked: Sequence[bytes], connections: int, seconds: float, publisher: Publisher | None
+    mode: str,
+    port: int,
+    asked: Sequence[bytes],
+    connections: int,
+    seconds: float,
+    publisher: Publisher | None,
+    extra: Sequence[str] = (),
 ) -> dict[str, Any]:
     with _files(asked) as folder:
         command = [*_command(mode), "--port", str(port), "--connections", str(connections), "--seconds", str(seconds)]
+        command += extra
         for number in range(len(asked)):
             command += ["--request", str(folder / str(number))]
         if publisher is not None:
             command += _as_options(publisher, folder)
-        ran = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_onto_its_core
-        )
+        ran = subprocess.run(command, capture_output=True, text=True, preexec_fn=_onto_its_core)
     if ran.returncode:
         raise RuntimeError(f"{mode}: {ran.stderr.strip() or f'ended with {ran.returncode}'}")
     found = json.loads(ran.stdout)

@@ -2,6 +2,7 @@
 
 * `/stream`: so many events as fast as they go, one a `send`;
 * `/paced?rate=R&events=N`: each at its time, with the times in it, each stream in a phase of its own;
+* a heartbeat's path: an answer as short as ours;
 * anything else: one answer with its length.
 
 Under the guard it keeps a task in `receive`, as the guard demands; bare it needs none.
@@ -16,12 +17,13 @@ from urllib.parse import parse_qs
 
 import trio
 
-from ..sizes import ANSWER, EVENT, EVENTS, paced_event
+from ..sizes import ANSWER, EVENT, EVENTS, HEARTBEAT_ANSWER, paced_event
 from .http.guard import ClientGone, Guard, current_exchange_of
 
 __all__ = ["BareApp", "guarded"]
 
 _JSON = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(ANSWER))]
+_SHORT = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(HEARTBEAT_ANSWER))]
 _EVENTS = [(b"content-type", b"text/event-stream")]
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -49,6 +51,9 @@ class BareApp:
             await send({"type": "http.response.body", "body": b""})
         elif scope["path"] == "/paced":
             await self._answer_paced(scope, send)
+        elif scope["path"].endswith("/heartbeat"):
+            await send({"type": "http.response.start", "status": 200, "headers": _SHORT})
+            await send({"type": "http.response.body", "body": HEARTBEAT_ANSWER})
         else:
             await send({"type": "http.response.start", "status": 200, "headers": _JSON})
             await send({"type": "http.response.body", "body": ANSWER})

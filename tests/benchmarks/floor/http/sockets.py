@@ -67,7 +67,7 @@ def bind(host: str, port: int, *, peer_stall_s: float = 60.0) -> list[socket.soc
 def format_url(sock: socket.socket, *, is_tls: bool = False) -> str:
     """The http or https URL of a listening socket, with an address that a client on this machine can use."""
     host, port = sock.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - nothing is bound here
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     scheme = "https" if is_tls else "http"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
