@@ -44,7 +44,7 @@ def compare(
     name, offered = f"{streams} streams at {RATE:g} chunks/s", streams * RATE
     for who, found in (("the floor's", theirs), ("our", mine)):
         if found["is_short"]:
-            print(f"{name}: {who} streams were never all there at once; measured is the middle half", file=sys.stderr)
+            print(f"{name}: {who} streams were never all there at once; measured is all of it", file=sys.stderr)
     rates = mine["delivered_per_s"], theirs["delivered_per_s"]
     figures = [Figure(f"{name}, share of the offered", "chunks/s", *rates, rates[0] / offered, delivered)]
     for what, shown, bar in (

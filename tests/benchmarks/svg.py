@@ -19,7 +19,7 @@ def ticks_to(most: float) -> list[float]:
     raw = max(most, 1e-9) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
-    return [step * number for number in range(math.ceil(most / step * 0.999) + 1)]
+    return [step * number for number in range(max(1, math.ceil(most / step * 0.999)) + 1)]
 
 
 def line_plot(

@@ -146,7 +146,7 @@ def _run(
 ) -> dict[str, Any]:
     with _files(asked) as folder:
         command = [*_command(mode), "--port", str(port), "--connections", str(connections), "--seconds", str(seconds)]
-        command += extra
+        command += ["--warm", str(min(0.3, seconds / 4)), *extra]
         for number in range(len(asked)):
             command += ["--request", str(folder / str(number))]
         if publisher is not None:

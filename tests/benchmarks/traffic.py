@@ -45,7 +45,11 @@ class Side:
 
     def rate(self, what: str) -> float:
         """`answers` or `events` a second."""
-        return float(sum(each[what] for each in self.found) / sum(each["seconds"] for each in self.found))
+        counted = sum(each[what] for each in self.found)
+        if counted:
+            return float(counted / sum(each["seconds"] for each in self.found))
+        # Too short a run for anything to be counted: what it did to its end.
+        return float(sum(each[f"all_{what}"] for each in self.found) / sum(each["all_s"] for each in self.found))
 
     def per_cpu_s(self, what: str) -> float:
         """The same for each second of the server's processor time, which neighbours cannot take away."""
