@@ -29,7 +29,7 @@ check:
     mypy --strict
     pytest -q -n 0 tests/unit/test_layers.py
 
-# Measure, and write the numbers.
+# Measure each figure beside its floor: `just bench --rounds 5 --json FILE --markdown FILE --plots FOLDER`. It takes a `cc`.
 bench *args:
     python -m tests.benchmarks {{ args }}
 
