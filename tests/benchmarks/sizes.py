@@ -12,11 +12,11 @@ EVENTS = 200
 HEARTBEAT_ANSWER = b'{"llms":{"beat-10":"active"},"drop":[]}'
 assert len(EVENT) == 180
 
-_STAMPED = b'data: {"due":"%018d","at":"%018d","choices":[{"delta":{"content":"' + b"y" * 81 + b'"}}]}\n\n'
+_STAMPED = b'data: {"choices":[{"delta":{"content":"T%018dT%018dT' + b"y" * 95 + b'"}}]}\n\n'
 
 
 def paced_event(due_ns: int, at_ns: int) -> bytes:
-    """An event that carries when it was due and when it was written, on CLOCK_MONOTONIC. As long as `EVENT`."""
+    """An event whose text tells when it was due and when it was written, on CLOCK_MONOTONIC. As long as `EVENT`."""
     return _STAMPED % (due_ns, at_ns)
 
 
