@@ -20,7 +20,7 @@ def draw(folder: Path, seconds: float) -> None:
     plot = svg.line_plot("Plain infers over callers", "callers", "requests/s", callers(seconds), is_log_x=True)
     (folder / "infers-over-callers.svg").write_text(plot)
     title = f"Delay of a chunk over streams at {pace.RATE:g} chunks/s"
-    plot = svg.line_plot(title, "streams at once", "99th percentile, ms", streams(seconds))
+    plot = svg.line_plot(title, "streams at once", "99th percentile, ms", streams(seconds), is_log_y=True)
     (folder / "delay-over-streams.svg").write_text(plot)
 
 

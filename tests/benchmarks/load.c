@@ -768,9 +768,11 @@ static void report(void) {
                    (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
     double all_s = (double)(now_ns() - started_at) / 1e9;
     if (is_paced) {
+        if (sample_count == 0)
+            die("no event tells when it was written");
         uint64_t from = last_began + (uint64_t)(trim_begin_s * 1e9), until = first_ended - (uint64_t)(trim_end_s * 1e9);
         bool is_short = streams_started < callers || until <= from || first_ended < 1000000000u;
-        if (is_short && sample_count) {
+        if (is_short) {
             /* It was so far behind that its streams were never all there. All that it did has to do. */
             from = samples[0].at;
             until = samples[sample_count - 1].at + 1;

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
-__all__ = ["line_plot", "ticks_to"]
+__all__ = ["line_plot", "powers_over", "ticks_to"]
 
 _WIDTH, _HEIGHT = 720, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 70, 50
@@ -22,6 +22,12 @@ def ticks_to(most: float) -> list[float]:
     return [step * number for number in range(max(1, math.ceil(most / step * 0.999)) + 1)]
 
 
+def powers_over(least: float, most: float) -> list[float]:
+    """The powers of ten around two positive values."""
+    low = math.floor(math.log10(least))
+    return [10.0**power for power in range(low, max(low + 1, math.ceil(math.log10(most))) + 1)]
+
+
 def line_plot(
     title: str,
     x_label: str,
@@ -29,22 +35,26 @@ def line_plot(
     lines: Mapping[str, Sequence[tuple[float, float]]],
     *,
     is_log_x: bool = False,
+    is_log_y: bool = False,
 ) -> str:
-    """The SVG of some lines over one axis each way; y begins at 0.
+    """The SVG of some lines over one axis each way; y begins at 0, or at a power of ten.
 
     Args:
         lines: by name, points in the order of x.
         is_log_x: equal factors of x take equal room.
+        is_log_y: equal factors of y; none of them is 0.
     """
     xs = sorted({x for points in lines.values() for x, _ in points})
-    ticks = ticks_to(max((y for points in lines.values() for _, y in points), default=1.0))
+    ys = [y for points in lines.values() for _, y in points]
+    ticks = powers_over(min(ys), max(ys)) if is_log_y else ticks_to(max(ys))
 
     def across(x: float) -> float:
         place, low, high = (math.log(v) if is_log_x else v for v in (x, xs[0] if is_log_x else 0.0, xs[-1]))
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (place - low) / ((high - low) or 1)
 
     def up(y: float) -> float:
-        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * y / ticks[-1]
+        place, low, high = (math.log(v) if is_log_y else v for v in (y, ticks[0], ticks[-1]))
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (place - low) / (high - low)
 
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '

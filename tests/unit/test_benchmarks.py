@@ -125,12 +125,20 @@ def test_ticks_are_round_and_reach_beyond(most: float, last: float) -> None:
     assert svg.ticks_to(most)[-1] == pytest.approx(last)
 
 
-def test_a_plot_is_well_formed_and_within_its_frame() -> None:
+@pytest.mark.parametrize(
+    ("least", "most", "powers"), [(0.3, 40, [0.1, 1, 10, 100]), (1, 10, [1, 10]), (10, 10, [10, 100])]
+)
+def test_powers_of_ten_stand_around_the_values(least: float, most: float, powers: list[float]) -> None:
+    assert svg.powers_over(least, most) == pytest.approx(powers)
+
+
+@pytest.mark.parametrize("is_log", [True, False])
+def test_a_plot_is_well_formed_and_within_its_frame(is_log: bool) -> None:
     lines = {"floor & more": [(1.0, 5.0), (64.0, 9.0)], "ours": [(1.0, 2.0), (64.0, 4.0)]}
-    root = ElementTree.fromstring(svg.line_plot("A <title>", "x", "y", lines, is_log_x=True))
+    root = ElementTree.fromstring(svg.line_plot("A <title>", "x", "y", lines, is_log_x=is_log, is_log_y=is_log))
     dots = root.findall("{http://www.w3.org/2000/svg}circle")
     assert len(dots) == 4
-    assert all(0 <= float(dot.attrib["cx"]) <= 720 and 0 <= float(dot.attrib["cy"]) <= 400 for dot in dots)
+    assert all(70 <= float(dot.attrib["cx"]) <= 700 and 70 <= float(dot.attrib["cy"]) <= 350 for dot in dots)
 
 
 def test_the_rates_of_one_group_are_held_against_the_guarded_floor(ours: Server, floor: Server) -> None:
