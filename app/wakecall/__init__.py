@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .keyring import Caller, Claim
     from .local import InferReply
     from .models import InferRequest, Key, LLMSpec, NewKey, Status
+    from .results import Results
     from .serving import BadCertificate, CannotBind, InvalidOrigin, KeysRequired, Reload, ServeConfig, Stop, serve
     from .session import Channel
     from .store import MemoryStore, Store, StoreError
@@ -44,6 +45,7 @@ __all__ = [
     "Reader",
     "Reload",
     "Reply",
+    "Results",
     "ServeConfig",
     "Status",
     "Stop",
@@ -82,6 +84,7 @@ _HOMES = {
     "Reader": ".task",
     "Reload": ".serving",
     "Reply": ".task",
+    "Results": ".results",
     "ServeConfig": ".serving",
     "Status": ".models",
     "Stop": ".serving",

@@ -116,8 +116,12 @@ class Access:
         self._directory.keyring.close()
         for session in list(self._directory.sessions.values()):
             for channel in (session.pending, session.channel):
-                if channel is not None and channel.needs_open:
+                if channel is None:
+                    continue
+                if channel.needs_open:
                     self._registry.end_channel(channel, "stale")
+                elif channel.results is not None and channel.results.needs_open:
+                    channel.results.end()
 
     def view(self) -> list[KeyView]:
         """All keys, oldest first."""
@@ -150,8 +154,12 @@ class Access:
                 self._registry.remove_session_nowait(session, "evicted")
                 continue
             for channel in (session.pending, session.channel):
-                if channel is not None and channel.key_id == key.key_id:
+                if channel is None:
+                    continue
+                if channel.key_id == key.key_id:
                     self._registry.end_channel(channel, "evicted")
+                elif channel.results is not None and channel.results.key_id == key.key_id:
+                    channel.results.end()
 
     # Owners ---------------------------------------------------------------------------------------------------------
 

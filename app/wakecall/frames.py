@@ -9,13 +9,28 @@ from typing import Any, Final, Literal
 
 from .models import InferRequest
 
-__all__ = ["KEEPALIVE", "ByeReason", "CancelReason", "Frame", "bye", "cancel", "encode", "hello", "infer", "wake"]
+__all__ = [
+    "KEEPALIVE",
+    "ByeReason",
+    "CancelReason",
+    "Frame",
+    "bye",
+    "cancel",
+    "encode",
+    "hello",
+    "infer",
+    "results",
+    "wake",
+]
 
 CancelReason = Literal["client_disconnected", "deadline_exceeded", "lost_race", "shutdown"]
 ByeReason = Literal["superseded", "stale", "goodbye", "evicted", "shutdown"]
 
 #: A comment: whoever waits for frames hears that the line is alive.
 KEEPALIVE: Final = b": keep-alive\n\n"
+
+#: What this broker has that not every one of version 1 had: a publisher may use it, and need not.
+FEATURES: Final = ("results",)
 
 #: What an infer's frame weighs beside its body: names, ids and punctuation, generously.
 _FRAME_OVERHEAD: Final = 1024
@@ -29,7 +44,7 @@ class Frame:
     """One message of a channel.
 
     Args:
-        event: `hello`, `infer`, `wake`, `cancel` or `bye`.
+        event: `hello`, `infer`, `wake`, `cancel`, `results` or `bye`.
         data: the JSON object, as protocol.md lists it for this event.
         id: `EPOCH-SEQ`.
         weight: about how many bytes of memory it holds while nobody takes it.
@@ -54,7 +69,7 @@ def hello(id: str, session_id: str, epoch: int, heartbeat_interval_s: float, kee
         "epoch": epoch,
         "heartbeat_interval_s": heartbeat_interval_s,
         "keepalive_s": keepalive_s,
-        "features": [],
+        "features": list(FEATURES),
     }
     return Frame("hello", data, id)
 
@@ -103,6 +118,11 @@ def wake(id: str, task_id: str, llm: str, model: str, deadline_s: float, hiberna
 def cancel(id: str, task_id: str, reason: CancelReason) -> Frame:
     """A task that was sent has ended without its publisher."""
     return Frame("cancel", {"task_id": task_id, "reason": reason}, id)
+
+
+def results(id: str, taken: int) -> Frame:
+    """So many records of the shared upload have been taken since it began."""
+    return Frame("results", {"taken": taken}, id)
 
 
 def bye(id: str, reason: ByeReason) -> Frame:

@@ -43,6 +43,16 @@ class Commit:
         self._done = trio.Event()
         self._error: StoreError | None = None
 
+    @property
+    def went_well(self) -> bool:
+        """Whether it is committed."""
+        return self._done.is_set() and self._error is None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the store failed: what it was to carry is written again by a later one."""
+        return self._error is not None
+
     async def wait(self) -> None:
         """Return once it is committed.
 

@@ -12,6 +12,7 @@ from .core import Core
 from .errors import InvalidRequest
 from .local import Handler, WakeHandler, publish
 from .models import LLM, LOCAL_OWNER, HeartbeatReply, InferRequest, LLMSpec, Registered, Status
+from .results import Results
 from .session import Channel
 from .upload import Upload
 from .wake import Wake
@@ -219,6 +220,26 @@ class Publishing(Core):
             OffsetGap, InvalidRequest: the offset leaves a gap or is missing; the status is none.
         """
         return self._intake.open_upload(task_id, owner, status, content_type, offset, final)
+
+    def open_results(
+        self, session_id: str, *, owner: str = LOCAL_OWNER, key_id: str | None = None, needs_open: bool = False
+    ) -> Results:
+        """Begin a session's shared upload, on which it sends whole answers to many tasks; it ends with the channel.
+
+        Feed it the upload's bytes as they come (protocol.md, Results). What has been taken is told on the channel, by the
+        event `results`; the first, at once, says 0.
+
+        Args:
+            session_id: whose.
+            owner: of the session.
+            key_id: the key that this came with: it ends when that is revoked or expires.
+            needs_open: whether it was opened without a key by somebody who needs one once the broker is open no more.
+
+        Raises:
+            SessionNotFound: there is none, or it has no open channel.
+            ResultInProgress: its channel has one already.
+        """
+        return self._intake.open_results(self._registry.find_session(session_id, owner), key_id, needs_open)
 
     async def push_chunk(
         self,

@@ -30,6 +30,7 @@ from .models import SessionRecord
 
 if TYPE_CHECKING:
     from .directory import Row
+    from .results import Results
     from .stopping import Stopping
     from .task import Infer
     from .wake import Wake
@@ -88,6 +89,7 @@ class Channel:
         self.scope = trio.CancelScope()
         self.joined = trio.Event()
         self.ended: str | None = None  # why
+        self.results: Results | None = None  # its shared upload
         self._config = config
         self._on_disconnect = on_disconnect
         self._on_overflow = on_overflow
@@ -141,6 +143,10 @@ class Channel:
         if self.ended is None:
             self._push(frames.cancel(self._next_id(), task_id, reason))
 
+    def send_results(self, taken: int) -> None:
+        """Tell the publisher how many records of its shared upload have been taken."""
+        self._push(frames.results(self._next_id(), taken))
+
     def withdraw(self, task_id: str) -> None:
         """A task is over whose frame nobody has taken: it need not be sent."""
         self._withdrawn.add(task_id)
@@ -185,6 +191,8 @@ class Channel:
         """Take no more frames: after what is queued and `bye` the stream ends; without a reason (nobody reads) at once."""
         if self._closed:
             return
+        if self.results is not None:
+            self.results.end()
         if reason is None:
             self._outbox.clear()
         else:

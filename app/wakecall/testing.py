@@ -25,6 +25,8 @@ from .errors import PublisherError
 from .frames import Frame
 from .hosting import Upstream
 from .models import LLM, HeartbeatReply, InferRequest, LLMSpec, Registered, Statistics, Status
+from .records import encode_record
+from .results import Results
 from .session import Channel
 from .store.base import Store
 from .upload import Upload
@@ -185,6 +187,16 @@ class FakePublisher:
             for piece in pieces:
                 await upload.send(piece)
             await upload.finish()
+
+    def results(self) -> Results:
+        """Begin the shared upload; what is fed to it may be made by `record`."""
+        return self.broker.open_results(self.session_id, owner=self.owner, key_id=self.key_id)
+
+    def record(
+        self, frame: Frame, answer: bytes, *, status: int = 200, content_type: str | None = "application/json"
+    ) -> bytes:
+        """The whole answer to an infer or a wake, as it goes on the shared upload."""
+        return encode_record(frame.data["task_id"], status, content_type, answer)
 
     def fail(self, frame: Frame, message: str, status: int | None = None) -> None:
         """Report a failure."""

@@ -13,17 +13,20 @@ from .errors import (
     OffsetGap,
     PublisherError,
     ResultInProgress,
+    SessionNotFound,
     TaskAlreadySettled,
     TaskCancelled,
     TaskNotFound,
     TaskOver,
     WakeFailed,
 )
+from .results import Results
 from .task import Infer
 from .wake import Wake
 
 if TYPE_CHECKING:
     from .dispatch import Dispatcher
+    from .session import Session
 
 __all__ = ["Intake", "Upload"]
 
@@ -173,6 +176,15 @@ class Intake:
         task.upload = upload
         return upload
 
+    def open_results(self, session: Session, key_id: str | None, needs_open: bool) -> Results:
+        """See `Broker.open_results`."""
+        channel = session.channel
+        if channel is None:
+            raise SessionNotFound("This session has no open channel.")
+        if channel.results is not None:
+            raise ResultInProgress("Another upload of results is under way on this channel.")
+        return Results(self._directory, self, channel, key_id, needs_open)
+
     def find_task(self, task_id: str, owner: str) -> Infer | Wake:
         """A task that is under way at this owner's publisher.
 
@@ -206,6 +218,27 @@ class Intake:
     def feed(self, infer: Infer, data: bytes, status: int, content_type: str | None) -> None:
         """A piece of an answer has arrived."""
         config, now = self._config, trio.current_time()
+        self._put(infer, data, now, status, content_type)
+        assert infer.deadline is not None
+        assert infer.channel is not None
+        infer.channel.hasten(infer.deadline, now + min(infer.idle_s, config.peer_stall_s))
+
+    def take_whole(self, infer: Infer, data: bytes, status: int, content_type: str | None) -> None:
+        """A whole answer has arrived, and nothing of it before: as an upload that begins and ends in this step."""
+        if status in _REFUSALS:
+            if data:
+                self.feed_refusal(infer, data, status, content_type)
+            self.complete(infer, status, content_type)
+            return
+        # No deadline between its first byte and its last.
+        now = trio.current_time()
+        if data:
+            self._put(infer, data, now, status, content_type)
+        else:
+            self._take_head(infer, now, status, content_type)
+        self._dispatcher.settle(infer, "completed", None)
+
+    def _put(self, infer: Infer, data: bytes, now: float, status: int, content_type: str | None) -> None:
         if infer.first_byte_at is None:
             self._take_head(infer, now, status, content_type)
         infer.received += len(data)
@@ -213,9 +246,6 @@ class Intake:
         infer.stream.put_nowait(data, now)
         if infer.meter is not None:
             infer.meter.feed(data)
-        assert infer.deadline is not None
-        assert infer.channel is not None
-        infer.channel.hasten(infer.deadline, now + min(infer.idle_s, config.peer_stall_s))
 
     def feed_wake(self, wake: Wake, data: bytes) -> None:
         """A piece of a wake's result: only the beginning of its text is kept."""
@@ -271,12 +301,17 @@ class Intake:
         Raises:
             StoreUnavailable: it counts, but is not committed yet.
         """
+        if self.settle_wake(wake, status):
+            await self._directory.journal.commit().wait()
+
+    def settle_wake(self, wake: Wake, status: int) -> bool:
+        """The same without the wait; returns whether there is a commit to be waited for."""
         if not 200 <= status <= 299:
             text = bytes(wake.text).decode("utf-8", "replace").strip()
             self._dispatcher.waker.settle(wake, "failed", WakeFailed(text or None), by_publisher=True)
-            return
+            return False
         self._dispatcher.waker.settle(wake, "succeeded", None, by_publisher=True)
-        await self._directory.journal.commit().wait()
+        return True
 
     def break_off(self, task: Infer | Wake) -> None:
         """The upload that was to end it broke off."""

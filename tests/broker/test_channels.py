@@ -28,7 +28,7 @@ async def test_hello_comes_first_and_ids_are_epoch_and_sequence(autojump_clock):
             "epoch": 1,
             "heartbeat_interval_s": 30,
             "keepalive_s": 15,
-            "features": [],
+            "features": ["results"],
         }
         assert [(f.event, f.id) for f in publisher.frames] == [("hello", "1-1"), ("infer", "1-2"), ("infer", "1-3")]
         await publisher.connect()

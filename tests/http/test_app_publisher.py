@@ -208,7 +208,7 @@ async def test_a_channel_begins_with_hello(served: Served) -> None:
         assert b"x-request-id: " in top.lower()
         assert (
             b'id: 1-1\nevent: hello\ndata: {"session_id":"laptop","epoch":1,"heartbeat_interval_s":30.0,'
-            b'"keepalive_s":15.0,"features":[]}\n\n' in body
+            b'"keepalive_s":15.0,"features":["results"]}\n\n' in body
         )
 
 

@@ -117,7 +117,7 @@ def test_every_frame_carries_what_the_protocol_lists() -> None:
         "epoch": 7,
         "heartbeat_interval_s": 30.0,
         "keepalive_s": 15.0,
-        "features": [],
+        "features": ["results"],
     }
     assert read_back(infer(b'{"model":"qwen"}', stream=True, accept="application/json")) == {
         "task_id": "t1",

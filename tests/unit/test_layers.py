@@ -35,6 +35,8 @@ LAYERS = {
         "",
         "",
     ),
+    # What both ends of a shared upload read and write: pure too, but for its JSON.
+    "records": Layer("records", "pure", "msgspec"),
     # SQL stands in one place; what everybody else sees is the protocol in store/base.py.
     "sqlite": Layer("store.sqlite store.rows store.migrations", "pure store", "trio sqlite_utils"),
     "store": Layer("store store.*", "pure", "trio"),
@@ -42,18 +44,18 @@ LAYERS = {
     "broker": Layer(
         "broker core publishing operating session wake task channel directory dispatch journal local registry access"
         " keyring upload views naming accounting hosting"
-        " bytestream deadlines waking stopping infers placing waiting",
-        "pure store",
+        " bytestream deadlines waking stopping infers placing waiting results",
+        "pure records store",
         "trio",
     ),
-    "testing": Layer("testing", "pure store broker", "trio"),
+    "testing": Layer("testing", "pure records store broker", "trio"),
     "http": Layer(
         "http http.* web web.*",
         "pure store broker",
         "trio quart quart_trio hypercorn h11 werkzeug msgspec prometheus_client",
     ),
     # The agent knows the wire, never the broker.
-    "publisher": Layer("publisher publisher.*", "pure outbound", "trio httpx2 msgspec platformdirs"),
+    "publisher": Layer("publisher publisher.*", "pure records outbound", "trio httpx2 msgspec platformdirs"),
     # What our HTTP clients share.
     "outbound": Layer("outbound", "pure", "trio httpx2"),
     # The other way to an engine: straight to an API that an operator named.

@@ -27,6 +27,7 @@ from .guard import BodyBudget, Guard, GuardSettings, current_exchange_of
 from .naming import add_naming_routes
 from .ops import add_ops_routes
 from .publisher import add_publisher_routes
+from .results import add_results_route
 from .routes import Routes
 from .usage import add_usage_routes
 
@@ -70,6 +71,7 @@ def create_app(
     routes = Routes(app, broker)
     add_client_routes(routes, broker)
     add_publisher_routes(routes, broker)
+    add_results_route(routes, broker)
     add_admin_routes(routes, broker)
     add_naming_routes(routes, broker)
     add_usage_routes(routes, broker)
