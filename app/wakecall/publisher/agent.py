@@ -4,6 +4,7 @@
     └─ agent nursery
        ├─ channel loop                      register, open, read frames, back off, again
        │   └─ epoch nursery                 one channel's life: its end cancels every infer of that epoch
+       │       ├─ shared upload             carries short answers, where the broker takes them (shared.py)
        │       ├─ infer t1, t2, …           each with a supervisor of its own (relay.py); says when a cancelled one stopped
        │       └─ wake w1                   waits for the engine to be awake, then answers
        ├─ heartbeats                        go on while the channel is being opened anew
@@ -15,7 +16,6 @@ Nothing in the nursery raises: what ends the agent is put into `_end` and the nu
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from collections.abc import Callable, Iterable
 
@@ -40,8 +40,9 @@ from .events import (
     Superseded,
 )
 from .power import AnnounceFailed, Power, WakeError
-from .registration import fatal_error, key_refused, rows_to_register
+from .registration import agent_version, fatal_error, key_refused, rows_to_register
 from .relay import Relay
+from .shared import SharedUpload
 from .sse import EventTooLarge
 from .state import State, open_state
 from .swap import Sleep, SwapGroup
@@ -54,6 +55,7 @@ from .wire import (
     Frame,
     Hello,
     Infer,
+    Results,
     Wake,
     open_broker_client,
 )
@@ -127,7 +129,7 @@ class _Agent:
         self._broker = broker
         self._emit = emit
         self._task_status = task_status
-        self._version = _version()
+        self._version = agent_version()
         self._has_key = config.broker_key is not None
         # The entire mutable state.
         self._models = config.models
@@ -138,6 +140,7 @@ class _Agent:
         self._heartbeat_wanted = trio.Event()
         self._draining = False
         self._in_hand: dict[str, Relay | _WakeWaiter] = {}
+        self._shared: SharedUpload | None = None
         self._started = False
 
     async def run(self, stop: trio.Event) -> StopReason:
@@ -274,8 +277,14 @@ class _Agent:
         match frame:
             case Hello():
                 self._heartbeat_interval_s = frame.heartbeat_interval_s
+                self._shared = None
+                if "results" in frame.features and self._config.upload == "stream":
+                    self._shared = SharedUpload(self._broker, frame.keepalive_s)
+                    epoch.start_soon(self._shared.run)
                 self._emit(ChannelOpen(frame.epoch))
                 self._report_started()
+            case Results() if self._shared is not None:
+                self._shared.acknowledge(frame.taken)
             case Infer() if frame.task_id not in self._in_hand:
                 relay = Relay(
                     frame,
@@ -284,6 +293,7 @@ class _Agent:
                     broker=self._broker,
                     engine=self._engine,
                     power=self._power,
+                    shared=self._shared,
                     emit=self._emit,
                     on_key_refused=self._heartbeat_at_once,
                 )
@@ -425,17 +435,13 @@ class _Agent:
                 await self._broker.register([], self._version)
         with trio.move_on_after(self._config.drain_grace_s):
             await self._power.wait_until_idle()
+        if self._shared is not None:
+            # What still is on its way would be cut off by the goodbye.
+            with trio.move_on_after(self._config.farewell_s):
+                await self._shared.wait_settled()
         with trio.fail_after(self._config.farewell_s):
             async with self._broker.in_order:
                 await self._broker.goodbye()
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("wakecall")
-    except importlib.metadata.PackageNotFoundError:
-        # Run from a source tree that nobody installed.
-        return "unknown"
 
 
 def _is_discarded(task: Relay | _WakeWaiter) -> bool:

@@ -69,11 +69,13 @@ def open_client(url: str, *, key: str | None, timeout: httpx2.Timeout, keep: int
 
 @dataclass(frozen=True, slots=True)
 class EngineAnswer:
-    """The head of an engine's response, and its body as it arrives. `chunks` raises EngineFailed."""
+    """The head of an engine's response, and its body as it arrives. `chunks` raises EngineFailed; `length` is the body's, if
+    the engine has said it."""
 
     status: int
     content_type: str | None
     chunks: AsyncIterator[bytes]
+    length: int | None = None
 
 
 class Engine:
@@ -154,16 +156,23 @@ class Engine:
             raise EngineFailed(f"the engine gave no answer ({describe(error)})") from error
         chunks = response.aiter_bytes()
         try:
-            if response.headers.get("content-encoding", "").lower() not in _DECODABLE:
+            encoding = response.headers.get("content-encoding", "").lower()
+            if encoding not in _DECODABLE:
                 raise EngineFailed("the engine compresses its answer though it was asked not to")
             yield EngineAnswer(
                 status=response.status_code,
                 content_type=response.headers.get("content-type"),
                 chunks=_Body(chunks),
+                length=_length_of(response) if encoding in ("", "identity") else None,
             )
         finally:
             await abandon(chunks)
             await response.aclose()
+
+
+def _length_of(response: httpx2.Response) -> int | None:
+    said = response.headers.get("content-length", "")
+    return int(said) if said.isascii() and said.isdigit() else None
 
 
 class _Body:

@@ -21,13 +21,13 @@ _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 
 
-class _Buffer:
+class Buffer:
     """What the engine has sent and the broker has not been given; bounded, one reader and one writer."""
 
     def __init__(self, bound: int) -> None:
         self._bound = bound
         self._bytes = bytearray()
-        self._ended = False
+        self.ended = False
         self._changed = trio.Event()
         self.error: Exception | None = None
         self.is_discarding = False
@@ -51,12 +51,22 @@ class _Buffer:
 
     def end(self, error: Exception | None = None) -> None:
         self.error = error
-        self._ended = True
+        self.ended = True
         self._notify()
+
+    @property
+    def held(self) -> bytes:
+        """All that is there, and stays."""
+        return bytes(self._bytes)
+
+    async def wait_full(self) -> None:
+        """Return when nothing more comes, for it is all there or there is no room."""
+        while len(self._bytes) < self._bound and not self.ended:
+            await self._changed.wait()
 
     async def take(self) -> bytes:
         """All that is there, b"" at the end."""
-        while not self._bytes and not self._ended:
+        while not self._bytes and not self.ended:
             await self._changed.wait()
         piece = bytes(self._bytes)
         self._bytes.clear()
@@ -89,7 +99,7 @@ async def send_in_pieces(
         EngineFailed: what `chunks` raised; nothing ended the answer.
         BrokerError: the broker refused a piece, or could not be reached in several attempts.
     """
-    buffer = _Buffer(MAX_PIECE_BYTES)
+    buffer = Buffer(MAX_PIECE_BYTES)
     refused: BrokerError | None = None
     offset = 0
 

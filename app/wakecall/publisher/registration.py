@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -85,3 +86,12 @@ def _row_at_fault(param: str, rows: Sequence[Row]) -> tuple[str | None, str, str
     if member == "pool" and row.pool is not None:
         return row.name, member, f"{row.name!r} in the pool {row.pool!r}"
     return row.name, member, repr(row.name) if member in ("", "name") else f"{row.name!r} ({member})"
+
+
+def agent_version() -> str:
+    """Of this agent, as its registers say it."""
+    try:
+        return importlib.metadata.version("wakecall")
+    except importlib.metadata.PackageNotFoundError:
+        # Run from a source tree that nobody installed.
+        return "unknown"

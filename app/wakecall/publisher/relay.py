@@ -13,8 +13,10 @@ from ..rewrite import replace_model
 from .config import PublisherConfig
 from .engine import Engine, EngineAnswer, EngineFailed, EngineRefused
 from .events import InferFinished, InferOutcome, InferStarted, PublisherEvent
+from .held import send_held
 from .pieces import send_in_pieces
 from .power import WakeError
+from .shared import MAX_ANSWER_BYTES, SharedUpload
 from .swap import Sleep
 from .wire import BrokerClient, BrokerError, BrokerLost, BrokerRefused, Infer
 
@@ -66,6 +68,7 @@ class Relay:
     Args:
         frame: what to do.
         served: the names that this publisher has.
+        shared: where short answers may go, if the broker takes them there.
         on_key_refused: called when the broker does not know us any more; what that means is not for one infer to say.
 
     `is_unwanted` once the broker has ended it, by a `cancel` or by its answer to a request about it.
@@ -80,6 +83,7 @@ class Relay:
         broker: BrokerClient,
         engine: Engine,
         power: Sleep,
+        shared: SharedUpload | None,
         emit: Callable[[PublisherEvent], None],
         on_key_refused: Callable[[], None],
     ) -> None:
@@ -92,6 +96,7 @@ class Relay:
         self._broker = broker
         self._engine = engine
         self._power = power
+        self._shared = shared
         self._emit = emit
         self._on_key_refused = on_key_refused
         self._scope = trio.CancelScope()
@@ -227,6 +232,8 @@ class Relay:
         first = await anext(answer.chunks, b"")
         if self.is_discarded:
             raise _Discarded("not wanted any more")
+        if self._shared is not None and self._shared.is_open and await self._share(self._shared, answer, first):
+            return
         chunks = _Chunks(self, first, answer.chunks)
         task_id, status, content_type = self.frame.task_id, answer.status, answer.content_type
         if self._config.upload == "chunks":
@@ -236,3 +243,31 @@ class Relay:
             await self._broker.send_result(task_id, chunks, status=status, content_type=content_type)
         else:
             await self._broker.send_result(task_id, b"", status=status, content_type=content_type)
+
+    async def _share(self, shared: SharedUpload, answer: EngineAnswer, first: bytes) -> bool:
+        """Send an answer on the shared upload, if it is one for it; whether it has been sent at all."""
+        task_id, status, content_type = self.frame.task_id, answer.status, _spoken(answer.content_type)
+        if not first or len(first) == answer.length:
+            if given := shared.give(task_id, status, content_type, first):
+                self.uploaded += len(first)
+            return given
+        if self.frame.stream or not _is_plain(content_type):
+            return False
+        if answer.length is not None and answer.length > MAX_ANSWER_BYTES:
+            return False
+        chunks = _Chunks(self, first, answer.chunks)
+        await send_held(self._broker, shared, task_id, chunks, status=status, content_type=content_type)
+        return True
+
+
+def _spoken(content_type: str | None) -> str | None:
+    # An engine's header that is not ASCII means nothing to anybody, and its answer is worth more than it.
+    if content_type is None or not (content_type.isascii() and content_type.isprintable()):
+        return None
+    return content_type
+
+
+def _is_plain(content_type: str | None) -> bool:
+    """Whether the broker would not pass its beginning on before its end either."""
+    media_type = (content_type or "").partition(";")[0].strip().lower()
+    return media_type in ("application/json", "text/plain") or media_type.endswith("+json")

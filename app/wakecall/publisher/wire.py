@@ -87,6 +87,7 @@ class Hello(msgspec.Struct, frozen=True):
     epoch: int
     heartbeat_interval_s: float = 30.0
     keepalive_s: float = 15.0
+    features: list[str] = []
 
 
 class Infer(msgspec.Struct, frozen=True):
@@ -115,12 +116,25 @@ class Cancel(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class Results(msgspec.Struct, frozen=True):
+    """So many records of the shared upload have been taken."""
+
+    taken: int
+
+
 class Bye(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
-Frame: TypeAlias = Hello | Infer | Wake | Cancel | Bye
-_FRAMES: dict[str, type[Frame]] = {"hello": Hello, "infer": Infer, "wake": Wake, "cancel": Cancel, "bye": Bye}
+Frame: TypeAlias = Hello | Infer | Wake | Cancel | Results | Bye
+_FRAMES: dict[str, type[Frame]] = {
+    "hello": Hello,
+    "infer": Infer,
+    "wake": Wake,
+    "cancel": Cancel,
+    "results": Results,
+    "bye": Bye,
+}
 
 
 class BadFrame(BrokerError):
@@ -267,6 +281,17 @@ class BrokerClient:
     ) -> None:
         """POST one piece of the engine's response that begins `offset` bytes into it."""
         await self._upload("chunks", task_id, content, status, content_type, offset)
+
+    async def send_results(self, records: AsyncIterable[bytes]) -> None:
+        """POST the shared upload, as its records come; the broker answers once they or the channel have ended."""
+        request = self._client.build_request(
+            "POST",
+            f"{self._session}/results",
+            content=records,
+            headers={"content-type": "application/octet-stream"},
+            timeout=self._patient,
+        )
+        await self._finish(await self._open(request))
 
     async def send_failure(self, task_id: str, message: str, status: int | None = None) -> None:
         """POST that the task failed here; `message` reaches the client."""
