@@ -9,7 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 import trio
 
-from tests.http.served import JSON, Served, Upload, WirePublisher, head, open_served, wait_until
+from tests.http.served import JSON, Reading, Served, Upload, WirePublisher, head, open_served, wait_until
+from tests.http.wire import Wire
 from wakecall.config import BrokerConfig
 from wakecall.records import encode_record
 
@@ -171,8 +172,6 @@ async def test_a_publisher_that_is_another_owners_finds_nothing(served: Served) 
             llms = body if session == "laptop" else b'{"llms":[]}'
             await served.ask("PUT", f"/publisher/v1/sessions/{session}", key, JSON, body=llms)
             await line.send(head("GET", f"/publisher/v1/sessions/{session}/frames", key))
-        from tests.http.served import Reading
-
         publisher = WirePublisher(served, "laptop", await Reading(wire, "GET").read_head())
         spy = WirePublisher(served, "box", await Reading(other, "GET").read_head())
         await publisher.next("hello")
@@ -193,9 +192,22 @@ async def test_a_publisher_that_is_another_owners_finds_nothing(served: Served) 
             assert (await client.wire.read_answer("POST")).body == b'"mine"'
 
 
+async def mute(served: Served, wire: Wire) -> WirePublisher:
+    """A publisher that holds its channel on this connection, and reads of it what it is told to."""
+    await served.register("laptop", {"name": "qwen"})
+    await wire.send(head("GET", "/publisher/v1/sessions/laptop/frames"))
+    publisher = WirePublisher(served, "laptop", await Reading(wire, "GET").read_head())
+    await publisher.next("hello")
+    return publisher
+
+
 async def test_who_reads_no_acknowledgements_loses_his_channel_and_with_it_the_upload() -> None:
     config = BrokerConfig(max_untaken_frame_bytes=20_000, max_inline_body_bytes=1024)
-    async with open_served(config) as served, served.publishing() as publisher, sharing(served, publisher) as shared:
+    async with (
+        open_served(config) as served,
+        served.server.connect(receive_buffer=1024) as wire,
+        sharing(served, await mute(served, wire)) as shared,
+    ):
         channel = served.broker._directory.sessions["laptop"].channel
         assert channel is not None
         piece = NOBODYS * 1024

@@ -72,7 +72,7 @@ class Channel:
 class Broker:
     """The publisher's side of the protocol, by the script: `on[...]` replaces what it does by default.
 
-    Keys of `on`: register, frames, heartbeat, goodbye, body, result, chunks, failure, cancelled.
+    Keys of `on`: register, frames, heartbeat, goodbye, body, result, chunks, failure, cancelled, results.
     """
 
     def __init__(self) -> None:
@@ -84,6 +84,7 @@ class Broker:
         self.keepalive_s = 15.0
         self.bodies: dict[str, bytes] = {}
         self.drop: list[str] = []
+        self.features: list[str] = []
         self._epoch = 0
         self._channels_in, self._channels = trio.open_memory_channel[Channel](math.inf)
         self._changed = trio.Event()
@@ -153,7 +154,7 @@ class Broker:
             epoch=self._epoch,
             heartbeat_interval_s=self.heartbeat_interval_s,
             keepalive_s=self.keepalive_s,
-            features=[],
+            features=self.features,
         )
         self._channels_in.send_nowait(channel)
         await channel.over.wait()
@@ -180,6 +181,11 @@ class Broker:
         await exchange.start(204)
         await exchange.finish()
 
+    async def _results(self, exchange: Exchange) -> None:
+        # The test acknowledges.
+        await exchange.read()
+        await exchange.respond_json(200, {"outcome": "ended", "taken": 0})
+
     async def _settle(self, exchange: Exchange) -> None:
         await exchange.read()
         await exchange.respond_json(200, {"outcome": "completed"})
@@ -189,7 +195,7 @@ class Broker:
 
 def _kind(exchange: Exchange) -> str:
     last = exchange.path.rpartition("/")[2]
-    if "/tasks/" in exchange.path:
+    if "/tasks/" in exchange.path or last == "results":
         return last
     return {"GET": "frames", "POST": "heartbeat", "PUT": "register", "DELETE": "goodbye"}[exchange.method]
 

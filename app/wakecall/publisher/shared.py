@@ -64,7 +64,8 @@ class SharedUpload:
         self._broker = broker
         self._keepalive_s = keepalive_s
         # The entire mutable state.
-        self._is_open = False  # the broker reads
+        self._is_opening = False  # it is under way, and the broker has not said that it reads it
+        self._is_open = False  # it has
         self._acknowledged = 0  # of the upload under way
         self._unacknowledged: deque[_Given | None] = deque()  # oldest first; None: of no task
         self._bytes = 0
@@ -98,8 +99,8 @@ class SharedUpload:
     def acknowledge(self, taken: int) -> None:
         """The broker has taken so many records since the upload began."""
         if not self._is_open:
-            if taken == 0:  # else it speaks of an upload before this one
-                self._is_open = True
+            if self._is_opening and taken == 0:  # else it speaks of an upload before this one
+                self._is_opening, self._is_open = False, True
                 self._patience.deadline = float("inf")
             return
         for _ in range(min(taken - self._acknowledged, len(self._unacknowledged))):
@@ -132,7 +133,7 @@ class SharedUpload:
     async def _run_one(self, backoff: Backoff) -> bool:
         """One upload, from its opening until its end and that of what it has left; whether to try another."""
         self._acknowledged = 0
-        again = False
+        self._is_opening, again = True, False
         with trio.CancelScope(deadline=trio.current_time() + _OPENING_S) as self._patience:
             try:
                 await self._broker.send_results(_Records(self))
@@ -140,8 +141,6 @@ class SharedUpload:
                 again = self._is_open
                 logger.info("the shared upload broke: %s", error)
             except BrokerRefused as error:
-                # 409: the one before it is not over yet, as the broker sees it.
-                again = error.code == "result_in_progress"
                 logger.info("the broker ended the shared upload: %s", error)
         if self._patience.cancelled_caught:
             logger.info("the shared upload is given up: the broker says nothing of it; is there a proxy that buffers?")
@@ -160,7 +159,7 @@ class SharedUpload:
     def _close(self) -> list[_Given]:
         """Take nothing more; returns what is not acknowledged."""
         left = [given for given in self._unacknowledged if given is not None]
-        self._is_open = False
+        self._is_opening = self._is_open = False
         self._unsent.clear()
         self._unacknowledged.clear()
         self._bytes = 0
