@@ -155,6 +155,7 @@ async def test_every_operation_succeeds_as_described(served: Served) -> None:
                     await served.ask("POST", f"/admin/v1/{verb}", body=as_bytes({"llm": "qwen"}))
                 for verb in ("pause", "resume"):
                     await served.ask("POST", f"/publisher/v1/sessions/laptop/{verb}", body=b"{}")
+                await served.ask("POST", "/publisher/v1/sessions/laptop/results")
                 for listing in ("/admin/v1/aliases", "/admin/v1/pools"):
                     assert len((await served.ask("GET", listing)).json["data"]) == 1
                 await served.ask("DELETE", "/admin/v1/aliases/org/alias")
