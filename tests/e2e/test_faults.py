@@ -33,7 +33,9 @@ IMPATIENT = {"keepalive_s": 0.8, "idle_s": 2.5, "first_byte_s": 3.5, "total_s": 
 DONE = b"data: [DONE]\n\n"
 MIDDLE = b'data: {"choices":[],"MIDDLE":true}\n\n'
 STREAM = EVENT * 3 + MIDDLE + EVENT * 3 + DONE
-PLAIN = b'{"choices": [], "text": "' + b"x" * 3000 + b'MIDDLE"}' + b" " * 3000
+#: More than goes on a shared upload; and what goes there.
+PLAIN = b'{"choices": [], "text": "' + b"x" * 3000 + b'MIDDLE"}' + b" " * 64 * 1024
+SHORT = b'{"choices": [], "text": "SHORT"}' + b" " * 1000
 #: More than goes into a frame, so that the agent fetches it.
 LARGE = "x" * 100_000
 
@@ -106,7 +108,7 @@ class Stage:
     async def generate(self, exchange: Exchange) -> None:
         """Answer in several writes, and remember for whom."""
         self.generated[exchange.json["marker"]] += 1
-        body = STREAM if wants_stream(exchange) else PLAIN
+        body = STREAM if wants_stream(exchange) else SHORT if exchange.json["marker"].startswith("short") else PLAIN
         kind = "text/event-stream" if wants_stream(exchange) else "application/json"
         await exchange.start(200, {"content-type": kind, "transfer-encoding": "chunked"})
         for start in range(0, len(body), 1000):
@@ -142,7 +144,7 @@ class Stage:
         async with open_chat(self.broker, llm, stream=stream, marker=marker, text=text) as wire:
             answer = await wire.read_answer("POST")
         assert self.generated[marker] <= 1, "it was generated twice"
-        return check_clean(answer, stream)
+        return check_clean(answer, stream, SHORT if marker.startswith("short") else PLAIN)
 
     async def check_back(self, llm: str, agent: Publisher, channels: int = 1) -> None:
         """The agent is there by itself, on its so manieth channel that said hello, and serves: as the only one."""
@@ -156,7 +158,7 @@ class Stage:
         assert (row["session_id"], row["status"], row["routable"]) == (llm, "active", True)
 
 
-def check_clean(answer: Answer, stream: bool) -> Outcome:
+def check_clean(answer: Answer, stream: bool, plain: bytes) -> Outcome:
     """Status and code of an answer that is whole, or of a stream that ended as the protocol says it must."""
     if answer.status != 200:
         assert not answer.is_cut
@@ -165,7 +167,7 @@ def check_clean(answer: Answer, stream: bool) -> Outcome:
         assert answer.headers.get("x-should-retry") == expected
         return answer.status, answer.code
     if not stream:
-        assert (answer.body, answer.is_cut) == (PLAIN, False)
+        assert (answer.body, answer.is_cut) == (plain, False)
         return WHOLE
     if not answer.is_cut:
         assert answer.body == STREAM
@@ -258,6 +260,38 @@ async def test_an_infer_ends_once_and_cleanly_whatever_happens_on_its_way(
         for index, (place, fault) in enumerate(cases(WORKING, kind)):
             for stream in streams:
                 nursery.start_soon(run, stage, f"m{index}{'-stream' * stream}", place, fault, bool(stream))
+
+
+#: The shared upload: its opening costs nothing, and what was on it is posted again as soon as that is seen to be lost. Where
+#: that takes longer than a call may, the call is late.
+SHARED = (
+    Place("its opening", "up", b"/results HTTP/1.1", (0, 60), {WHOLE}, {WHOLE}),
+    Place("a record's head", "up", b'{"task_id"', (0, 5), {WHOLE}, {LATE}),
+    Place("a record", "up", b"SHORT", (0, 10), {WHOLE}, {LATE}),
+    Place("the last of a record", "up", b'SHORT"}', (1000,), {WHOLE}, {WHOLE, LATE}),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@within(60)
+async def test_a_short_answer_survives_what_happens_to_the_upload_that_it_shares(tmp_path: Path, kind: Kind) -> None:
+    async def run(stage: Stage, llm: str, place: Place, fault: Fault) -> None:
+        with named(place.name, fault):
+            async with open_fault_proxy(stage.broker.port) as proxy:
+                proxy.strike(fault)
+                async with stage.open_agent(llm, proxy) as agent:
+                    await stage.check_back(llm, agent)
+                    # The first may come before the upload is open, and have one of its own.
+                    outcomes = []
+                    while not outcomes or not proxy.struck:
+                        outcomes.append(await stage.call(llm, f"short {llm} {len(outcomes)}", stream=False))
+                    assert set(outcomes[:-1]) <= {WHOLE}
+                    assert outcomes[-1] in (place.cut if fault.kind in CUTS else place.stalled)
+                    await stage.check_back(llm, agent)
+
+    async with open_stage(tmp_path, is_impatient=kind not in CUTS) as stage, trio.open_nursery() as nursery:
+        for index, (place, fault) in enumerate(cases(SHARED, kind)):
+            nursery.start_soon(run, stage, f"m{index}", place, fault)
 
 
 @within(60)

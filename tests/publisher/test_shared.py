@@ -376,7 +376,7 @@ async def test_what_is_acknowledged_in_time_is_posted_by_nobody(autojump_clock: 
         one = await Clocked(nursery).open()
         for number in range(100):
             assert one.give(f"t{number}")
-            await trio.sleep(9)
+            await trio.sleep(1)
             one.shared.acknowledge(number + 1)
         assert one.broker.ids == [f"t{number}" for number in range(100)]
         assert one.broker.posted == []
@@ -390,12 +390,27 @@ async def test_an_idle_one_says_so_and_one_that_died_meanwhile_is_noticed(autoju
         await trio.sleep(15.1)
         assert one.broker.ids == ["-"]
         one.shared.acknowledge(1)
-        await trio.sleep(15.1)
+        await trio.sleep(16.6)
         assert one.broker.ids == ["-", "-"]
         await trio.sleep(10.1)
         assert not nursery.child_tasks
         assert not one.give("t1")
         assert one.broker.posted == [], "nothing was in it"
+
+
+async def test_an_acknowledgement_that_is_late_has_the_connection_tried(autojump_clock: MockClock) -> None:
+    """A cut shows only where something is written: the answer shall not wait for it until the patience is at its end."""
+    async with trio.open_nursery() as nursery:
+        one = await Clocked(nursery).open()
+        assert one.give("t1")
+        await trio.sleep(1.4)
+        assert one.broker.ids == ["t1"]
+        await trio.sleep(0.2)
+        assert one.broker.ids == ["t1", "-"]
+        one.shared.acknowledge(2)
+        await trio.sleep(14)
+        assert one.broker.ids == ["t1", "-"]
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("size", [1, MAX_ANSWER_BYTES])

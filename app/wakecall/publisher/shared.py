@@ -5,7 +5,8 @@ until the broker has acknowledged it on the channel; an upload that breaks, or i
 left posted task by task. Some of it may have arrived: then the broker says that it is over, and nothing is lost or doubled.
 
 An upload on which nothing goes carries a record of no task every so often. So no proxy ends it, and if one has, that is
-noticed before an answer depends on it.
+noticed before an answer depends on it. For HTTP reads nothing while it sends: that a connection is gone shows in a write
+alone, so an acknowledgement that is late asks for one, too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 _OPENING_S: Final = 5.0
 #: How long it may owe the next acknowledgement. It owes one for at most a second.
 _OWED_S: Final = 10.0
+#: When it is late.
+_LATE_S: Final = 1.5
 _MOST_UNACKNOWLEDGED: Final = 256
 _MOST_UNACKNOWLEDGED_BYTES: Final = 4 * 1024 * 1024
 #: Posts at a time of what a broken upload has left.
@@ -200,9 +203,10 @@ class SharedUpload:
         """All that has been given since the last time."""
         while not self._unsent:
             self._wanted = trio.Event()
-            with trio.move_on_after(self._keepalive_s):
+            is_idle = not self._unacknowledged
+            with trio.move_on_after(self._keepalive_s if is_idle else _LATE_S) as pause:
                 await self._wanted.wait()
-            if not self._unsent and self._is_open and not self._unacknowledged:
+            if pause.cancelled_caught and self._is_open and (is_idle or self._unacknowledged):
                 self._put(_NOTHING, None)
         data = b"".join(self._unsent)
         self._unsent.clear()
