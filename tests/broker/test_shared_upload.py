@@ -321,6 +321,14 @@ async def test_sixty_four_are_acknowledged_at_once_and_fewer_after_a_second(auto
         assert await stage.told() == [0, 63, 127, 128]
 
 
+async def test_a_trickle_is_acknowledged_every_second(autojump_clock):
+    async with Stage() as stage:
+        for _ in range(8):
+            stage.results.feed(NOBODYS)
+            await trio.sleep(0.4)
+        assert await stage.told() == [0, 3, 6]
+
+
 async def test_a_thousand_in_one_piece_are_one_acknowledgement(autojump_clock):
     async with Stage() as stage:
         stage.results.feed(NOBODYS * 1000)
