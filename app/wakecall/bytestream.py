@@ -124,9 +124,14 @@ class ByteStream:
     def readers(self) -> int:
         return len(self._readers)
 
-    def open_reader(self, beside: ByteReader | None = None) -> ByteReader:
-        """A reader of every piece from now on, and of those that `beside`, another one, has not taken yet."""
-        reader = ByteReader(self, trio.current_time())
+    def open_reader(self, beside: ByteReader | None = None, *, now: float | None = None) -> ByteReader:
+        """A reader of every piece from now on, and of those that `beside`, another one, has not taken yet.
+
+        Args:
+            beside: the other one.
+            now: `trio.current_time()`, where that is known.
+        """
+        reader = ByteReader(self, trio.current_time() if now is None else now)
         if beside is not None and beside._size:
             reader._put(beside._first + beside._rest, reader.taken_at)
         self._readers.add(reader)
