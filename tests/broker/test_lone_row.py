@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
+from functools import reduce
 from typing import Any, cast
 
 import trio
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
@@ -32,62 +34,74 @@ class FakeSession:
         self.pending = pending
 
 
-channels = st.none() | st.booleans().map(FakeChannel)
+def make_infer(directory: Directory, now: float) -> Infer:
+    request = InferRequest("/v1/chat/completions", b"{}")
+    return Infer("t", "one", ("one",), request, directory.config, now, 600.0, lambda infer: None)
+
+
+def make_row(directory: Directory, state: dict[str, Any], now: float) -> Row:
+    """A row that takes infers, but for what `state` says."""
+    names = {"status", "hold", "paused", "max_concurrency", "pool"}
+    llm = LLM("one", "local", Status.ACTIVE, 0.0, 0.0, max_concurrency=3)
+    row = directory.add_row(replace(llm, **{name: state[name] for name in names & state.keys()}), None)
+    session = FakeSession(FakeChannel(has_room=True), None)
+    row.session = cast("Session | None", state.get("session", session))
+    row.in_flight, row.stopping = state.get("taken", (1, 1))
+    row.yielding = state.get("yielding", False)
+    for age_s in state.get("failures", ()):
+        row.health.note_failure(now - age_s, 0)
+    return row
 
 
 @given(
-    record=st.fixed_dictionaries(
-        {
-            "status": st.sampled_from(Status),
-            "max_concurrency": st.none() | st.integers(1, 3),
-            "hold": st.sampled_from([None, "drain", "pause"]),
-            "paused": st.booleans(),
-        }
+    # Mostly all is well but for one or two things, or nothing would be sent whatever the rest.
+    state=st.fixed_dictionaries(
+        {},
+        optional={
+            "max_concurrency": st.none() | st.integers(2, 4),
+            "taken": st.tuples(st.integers(0, 2), st.integers(0, 2)),
+            "failures": st.lists(st.floats(0, 700), max_size=3),
+            "pool": st.none() | st.just("pool"),
+        },
     ),
-    session=st.none() | st.builds(FakeSession, channels, channels),
-    taken=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    yielding=st.booleans(),
-    failures=st.integers(0, 3),
-    succeeded=st.booleans(),
-    age_s=st.floats(0, 700),
-    pooled=st.booleans(),
+    flaws=st.sets(st.integers(0, 7), max_size=2),
     named=st.booleans(),
-    refused=st.booleans(),
 )
-def test_a_lone_row_gets_what_would_be_chosen_for_it(
-    record: dict[str, Any],
-    session: FakeSession | None,
-    taken: tuple[int, int],
-    yielding: bool,
-    failures: int,
-    succeeded: bool,
-    age_s: float,
-    pooled: bool,
-    named: bool,
-    refused: bool,
-) -> None:
+@example(state={}, flaws=set(), named=True)
+@example(state={}, flaws={0}, named=True)
+@example(state={}, flaws={1}, named=True)
+@example(state={}, flaws={2}, named=True)
+@example(state={}, flaws={3}, named=True)
+@example(state={}, flaws={4}, named=True)
+@example(state={}, flaws={5}, named=True)
+@example(state={}, flaws={6}, named=True)
+@example(state={}, flaws={7}, named=True)
+@example(state={"taken": (2, 1)}, flaws=set(), named=False)
+def test_a_lone_row_gets_what_would_be_chosen_for_it(state: dict[str, Any], flaws: set[int], named: bool) -> None:
     """Whatever state it is in, and however it has failed: sent at once, or not, as the rules say."""
+    each: list[dict[str, Any]] = [
+        {"status": Status.HIBERNATING},
+        {"status": Status.INACTIVE},
+        {"hold": "drain"},
+        {"paused": True},
+        {"session": None},
+        {"session": FakeSession(FakeChannel(has_room=False), None)},
+        {"session": FakeSession(None, FakeChannel(has_room=True))},
+        {"yielding": True},
+    ]
+    state = reduce(operator.or_, (each[flaw] for flaw in sorted(flaws)), state)
 
     async def main() -> None:
         directory = Directory(BrokerConfig(), Journal(MemoryStore()))
         placer = Placer(directory)
-        llm = LLM("one", "local", Status.ACTIVE, 0.0, 0.0, pool="pool" if pooled else None)
-        row = directory.add_row(replace(llm, **record), None)
-        row.session = cast("Session | None", session)
-        row.in_flight, row.stopping = taken
-        row.yielding = yielding
         now = trio.current_time()
-        for _ in range(failures):
-            row.health.note_failure(now - age_s, 0)
-        if succeeded:
-            row.health.note_success(now, 1.0)
+        row = make_row(directory, state, now)
         target = Target(row.pool, "one" if named else None)
-        request = InferRequest("/v1/chat/completions", b"{}")
-        infer = Infer("t", "one", ("one",), request, directory.config, now, 600.0, lambda infer: None)
-        infer.refused_by = frozenset({"one"}) if refused else frozenset()
-        loads = [] if refused else [placer.load_of(row, now)]
-        chosen = choose(loads, LineLoad()).placement is Placement.DISPATCH
+        infer = make_infer(directory, now)
+        chosen = choose([placer.load_of(row, now)], LineLoad()).placement is Placement.DISPATCH
         assert (placer._lone_free_row(infer, target) is row) is chosen
+        infer.refused_by = frozenset({"one"})
+        assert placer._lone_free_row(infer, target) is None
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
@@ -102,10 +116,7 @@ async def test_of_two_rows_neither_is_alone(autojump_clock: MockClock) -> None:
         rows.append(directory.add_row(llm, None))
         rows[-1].session = cast("Session", FakeSession(FakeChannel(True), None))
     pool = rows[0].pool
-    request = InferRequest("/v1/chat/completions", b"{}")
-    infer, other = (
-        Infer("t", "one", ("one",), request, directory.config, 0.0, 600.0, lambda infer: None) for _ in range(2)
-    )
+    infer, other = make_infer(directory, 0.0), make_infer(directory, 0.0)
     assert placer._lone_free_row(infer, Target(pool, None)) is None
     assert placer._lone_free_row(infer, Target(pool, "two")) is rows[1]
     placer.add_to_line(other, Target(pool, None), first=False)
