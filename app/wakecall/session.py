@@ -15,6 +15,7 @@ and nothing here waits for it to.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -123,7 +124,8 @@ class Channel:
 
     def send_infer(self, infer: Infer, due: float, now: float) -> None:
         """Take an infer on, to be ended at `due` if nothing happens, and tell the publisher."""
-        self._hold(infer, due)
+        # With the first byte its pauses begin to count, and mostly sooner than what it has in all.
+        self._hold(infer, due, now + min(infer.idle_s, self._config.peer_stall_s))
         assert infer.row is not None
         llm = infer.row.llm
         left_s = max(infer.total_until - now, 0.0)
@@ -156,10 +158,10 @@ class Channel:
         if due < deadline.due:
             self.deadlines.arm(deadline, due)
 
-    def _hold(self, task: Infer | Wake, due: float) -> None:
+    def _hold(self, task: Infer | Wake, due: float, soonest: float = math.inf) -> None:
         assert task.deadline is not None
         self.tasks[task.task_id] = task
-        self.deadlines.arm(task.deadline, due)
+        self.deadlines.arm(task.deadline, due, soonest)
 
     def _next_id(self) -> str:
         self._sequence += 1
