@@ -89,7 +89,8 @@ class ByteReader:
 
     def _clear(self) -> None:
         self._first = b""
-        self._rest = bytearray()
+        if self._rest:
+            self._rest = bytearray()
         self._size = 0
 
     def _notify(self) -> None:
@@ -109,7 +110,7 @@ class ByteStream:
 
     def __init__(self, limit: int, on_room: Callable[[], None]) -> None:
         self._limit = limit
-        self._on_room = on_room
+        self._on_room: Callable[[], None] | None = on_room
         self._readers: set[ByteReader] = set()
         self._room: trio.Event | None = None
         self._full = False
@@ -162,6 +163,7 @@ class ByteStream:
             return
         self.ended = True
         self.error = error
+        self._on_room = None  # whoever waited for it need not wait for the collector
         self._free_writer()
         for reader in self._readers:
             reader._notify()
@@ -170,7 +172,7 @@ class ByteStream:
         if self._full and not any(r._size >= self._limit for r in self._readers):
             self._full = False
             self._free_writer()
-            if not self.ended:
+            if self._on_room is not None:
                 self._on_room()
 
     def _free_writer(self) -> None:

@@ -56,7 +56,10 @@ class Placer:
         total_s = self._config.total_s
         target = self._directory.find_target(route[0])
         if target is not None:
-            total_s = max([row.llm.total_s or total_s for row in target.rows], default=total_s)
+            if target.only is not None:
+                total_s = target.pool.rows[target.only].llm.total_s or total_s
+            else:
+                total_s = max((row.llm.total_s or total_s for row in target.rows), default=total_s)
         return total_s if request.timeout_s is None else min(total_s, request.timeout_s)
 
     def find_place(self, infer: Infer, stage: int, now: float) -> tuple[Place | None, Full | None]:
