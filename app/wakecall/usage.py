@@ -236,6 +236,9 @@ class PlainMeter:
         """Follow how deep it is nested, and whether it is within a string."""
         if not data:
             return
+        if not self._in_string and b'"' not in data:
+            self._nest(data)
+            return
         if not self._in_string and b'\\"' not in data and b"\\\\" not in data:
             # Mostly no bracket stands within a string: then its two quotes are beside each other when all else is gone.
             brackets = data.translate(None, _FLAT).replace(b'""', b"")
