@@ -41,15 +41,16 @@ class Accounting:
         # A status that is no 2xx says that nothing was made; else who was sent it may have made something.
         worked = event.service_s is not None and (event.engine_status is None or 200 <= event.engine_status <= 299)
         is_unknown = worked and (event.tokens_in is None or event.tokens_out is None)
+        outcome = event.outcome
         usage = Usage(
-            requests=1,
-            completed=int(event.outcome == "completed"),
-            failed=int(event.outcome == "failed"),
-            cancelled=int(event.outcome == "cancelled"),
-            unknown=int(is_unknown),
-            tokens_in=event.tokens_in or 0,
-            tokens_out=event.tokens_out or 0,
-            seconds=event.service_s or 0.0,
+            1,
+            1 if outcome == "completed" else 0,
+            1 if outcome == "failed" else 0,
+            1 if outcome == "cancelled" else 0,
+            1 if is_unknown else 0,
+            event.tokens_in or 0,
+            event.tokens_out or 0,
+            event.service_s or 0.0,
         )
         self._ledger.add(hour_of(self._directory.clock.now()), event.key_id, event.llm, usage)
         self._news.set()

@@ -89,7 +89,8 @@ class ByteReader:
 
     def _clear(self) -> None:
         self._first = b""
-        self._rest = bytearray()
+        if self._rest:
+            self._rest = bytearray()
         self._size = 0
 
     def _notify(self) -> None:
@@ -109,7 +110,7 @@ class ByteStream:
 
     def __init__(self, limit: int, on_room: Callable[[], None]) -> None:
         self._limit = limit
-        self._on_room = on_room
+        self._on_room: Callable[[], None] | None = on_room
         self._readers: set[ByteReader] = set()
         self._room: trio.Event | None = None
         self._full = False
@@ -124,9 +125,14 @@ class ByteStream:
     def readers(self) -> int:
         return len(self._readers)
 
-    def open_reader(self, beside: ByteReader | None = None) -> ByteReader:
-        """A reader of every piece from now on, and of those that `beside`, another one, has not taken yet."""
-        reader = ByteReader(self, trio.current_time())
+    def open_reader(self, beside: ByteReader | None = None, *, now: float | None = None) -> ByteReader:
+        """A reader of every piece from now on, and of those that `beside`, another one, has not taken yet.
+
+        Args:
+            beside: the other one.
+            now: `trio.current_time()`, where that is known.
+        """
+        reader = ByteReader(self, trio.current_time() if now is None else now)
         if beside is not None and beside._size:
             reader._put(beside._first + beside._rest, reader.taken_at)
         self._readers.add(reader)
@@ -157,6 +163,7 @@ class ByteStream:
             return
         self.ended = True
         self.error = error
+        self._on_room = None  # whoever waited for it need not wait for the collector
         self._free_writer()
         for reader in self._readers:
             reader._notify()
@@ -165,7 +172,7 @@ class ByteStream:
         if self._full and not any(r._size >= self._limit for r in self._readers):
             self._full = False
             self._free_writer()
-            if not self.ended:
+            if self._on_room is not None:
                 self._on_room()
 
     def _free_writer(self) -> None:

@@ -51,10 +51,19 @@ class Deadlines:
         """Deadlines that will fire."""
         return len(self._heap) - self._dead
 
-    def arm(self, deadline: Deadline, due: float) -> None:
+    def arm(self, deadline: Deadline, due: float, soonest: float = math.inf) -> None:
         """Let `deadline` fire at `due`, whenever it was to fire before. Of equals that were never moved, the one armed
-        first fires first."""
+        first fires first.
+
+        Args:
+            deadline: which.
+            due: when.
+            soonest: it will be moved to this instant, or later, before long: it is looked at then, so that moving it costs
+                nothing.
+        """
         deadline.due = due
+        if soonest < due:
+            due = soonest
         if due < deadline._entry:
             older = deadline._entry != math.inf
             deadline._entry, deadline._number = due, next(self._sequence)

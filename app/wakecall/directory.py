@@ -506,9 +506,8 @@ class Directory:
 
     # Outcomes
 
-    def remember(self, session: Session, task_id: str, by_publisher: bool) -> None:
-        """Keep a task's end for its publisher, within bounds of time and number."""
-        now = trio.current_time()
+    def remember(self, session: Session, task_id: str, by_publisher: bool, now: float) -> None:
+        """Keep a task's end for its publisher, within bounds of time and number. `now`: `trio.current_time()`."""
         if self.sessions.get(session.record.session_id) is not session:
             return
         self.settled[task_id] = Settled(session.record.owner, by_publisher, now)

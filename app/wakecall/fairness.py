@@ -324,11 +324,14 @@ class FairLine(Generic[T]):
 
     def count(self, lane: Lane | str) -> int:
         """How many wait in a lane."""
-        return sum(len(each.lanes.get(lane, ())) for each in (self._interactive, self._batch))
+        # Written out: it is asked several times for every infer that waits.
+        urgent, batch = self._interactive.lanes.get(lane), self._batch.lanes.get(lane)
+        return (len(urgent) if urgent else 0) + (len(batch) if batch else 0)
 
     def count_key(self, key: str | None) -> int:
         """How many of a key wait."""
-        return sum(len(each.ring[key].numbers) for each in (self._interactive, self._batch) if key in each.ring)
+        urgent, batch = self._interactive.ring.get(key), self._batch.ring.get(key)
+        return (len(urgent.numbers) if urgent else 0) + (len(batch.numbers) if batch else 0)
 
     def __len__(self) -> int:
         return len(self._entries)

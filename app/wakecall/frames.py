@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from .models import InferRequest
 
@@ -39,8 +38,11 @@ _FRAME_OVERHEAD: Final = 1024
 _SMALL_FRAME: Final = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+#: Made once: `json.dumps` makes one for every frame. Ours hold no circles to look for.
+_encoder: Final = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), allow_nan=False, check_circular=False)
+
+
+class Frame(NamedTuple):
     """One message of a channel.
 
     Args:
@@ -58,8 +60,7 @@ class Frame:
 
 def encode(frame: Frame) -> bytes:
     """The frame's bytes. JSON is written in ASCII, so no line separator of any kind can end the line early."""
-    data = json.dumps(frame.data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return f"id: {frame.id}\nevent: {frame.event}\ndata: {data}\n\n".encode("ascii")
+    return f"id: {frame.id}\nevent: {frame.event}\ndata: {_encoder.encode(frame.data)}\n\n".encode("ascii")
 
 
 def hello(id: str, session_id: str, epoch: int, heartbeat_interval_s: float, keepalive_s: float) -> Frame:
@@ -85,8 +86,10 @@ def infer(
 ) -> Frame:
     """An infer. Its body rides along as text where it is short enough and UTF-8; else the publisher fetches it."""
     headers = {"content-type": request.content_type}
+    weight = _FRAME_OVERHEAD + len(model) + len(request.content_type)
     if request.accept is not None:
         headers["accept"] = request.accept
+        weight += len(request.accept)
     data: dict[str, Any] = {
         "task_id": task_id,
         "llm": llm,
@@ -97,7 +100,6 @@ def infer(
         "stream": request.stream,
         "deadline_s": round(deadline_s, 3),
     }
-    weight = _FRAME_OVERHEAD + len(model) + sum(map(len, headers.values()))
     if len(request.body) <= max_inline_body_bytes:
         try:
             data["body"] = request.body.decode()

@@ -17,7 +17,6 @@ publisher can have begun to generate it may move: its row is lost with the frame
 
 from __future__ import annotations
 
-import secrets
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
@@ -40,6 +39,7 @@ from .models import InferRequest, InferSettled
 from .placing import Place
 from .stopping import Stops
 from .task import Due, Infer, InferState, Outcome
+from .taskids import TaskIds
 from .usage import UNSAID
 from .waiting import Waiting, out_of_time
 
@@ -54,17 +54,13 @@ _PHASE_OF: Final[dict[Due, Phase]] = {Due.FIRST_BYTE: "first_byte", Due.IDLE: "i
 _AMPLE: Final = 10.0
 
 
-def new_task_id() -> str:
-    """An id with 128 random bits, never used twice."""
-    return secrets.token_urlsafe(16)
-
-
 class Infers(Waiting):
     """The part of `Dispatcher` that has to do with a single infer. Works on a `Directory`."""
 
     def __init__(self, directory: Directory) -> None:
         super().__init__(directory)
         self._quiet: trio.Event | None = None
+        self._ids: Final = TaskIds()
         self.stops: Final = Stops(directory, cast("Dispatcher", self))
 
     # Accepting ------------------------------------------------------------------------------------------------------
@@ -85,9 +81,9 @@ class Infers(Waiting):
             raise ModelNotFound(param="model")
         now = trio.current_time()
         total_s = self.placer.total_s(route, request)
-        infer = Infer(new_task_id(), name, route, request, self._config, now, total_s, self.cancel)
+        infer = Infer(self._ids.new(), name, route, request, self._config, now, total_s, self.cancel)
         infer.claim = claim
-        place, full = self.placer.find_place(infer, 0)
+        place, full = self.placer.find_place(infer, 0, now)
         if place is None and full is not None:
             infer.claim = None
             raise QueueFull(
@@ -104,17 +100,17 @@ class Infers(Waiting):
             error = self._offline(infer)
             self.settle(infer, "failed", error)
             raise error
-        self._take(infer, place)
+        self._take(infer, place, now)
         return infer
 
-    def _take(self, infer: Infer, place: Place) -> None:
+    def _take(self, infer: Infer, place: Place, now: float) -> None:
         """Send it, or have it wait, as has been decided. It is counted as waiting."""
         infer.stage = place.stage
         if place.decision.row is not None:
             infer.pool, infer.only = place.target
             key = None if infer.claim is None else infer.claim.caller.key_id
             infer.pool.line.note_unwaited(key, infer.request.priority)
-            self._send(infer, infer.pool.rows[place.decision.row])
+            self._send(infer, infer.pool.rows[place.decision.row], now)
             return
         self._wait(infer, place.target, first=False)
         assert infer.pool is not None
@@ -127,7 +123,7 @@ class Infers(Waiting):
 
     # Sending --------------------------------------------------------------------------------------------------------
 
-    def _send(self, infer: Infer, row: Row) -> None:
+    def _send(self, infer: Infer, row: Row, now: float) -> None:
         """Take a slot, and put the frame on the channel."""
         directory = self._directory
         assert row.session is not None
@@ -136,7 +132,6 @@ class Infers(Waiting):
         taken, most = row.in_flight + row.stopping, row.llm.max_concurrency
         assert most is None or taken < most, "no slot is free"
         self._disarm_waiting(infer)
-        now = trio.current_time()
         row.in_flight += 1
         row.last_sent_at = now
         row.pool.sent += 1
@@ -157,7 +152,7 @@ class Infers(Waiting):
             infer.total_until = min(infer.total_until, now + row.llm.total_s)
         directory.tasks[infer.task_id] = infer
         infer.deadline = Deadline(partial(self._on_sent_due, infer))
-        channel.send_infer(infer, infer.next_due(self._config)[0])
+        channel.send_infer(infer, infer.next_due(self._config)[0], now)
 
     def _on_sent_due(self, infer: Infer) -> None:
         due, why = infer.next_due(self._config)
@@ -180,19 +175,19 @@ class Infers(Waiting):
 
         Each row is asked once. Returns whether another has it now: then it has a new id, and the old one is settled.
         """
-        row = infer.row
+        row, now = infer.row, trio.current_time()
         assert row is not None
         before, infer.refused_by = infer.refused_by, infer.refused_by | {row.llm.name}
-        place, _ = self.placer.find_place(infer, infer.stage)
+        place, _ = self.placer.find_place(infer, infer.stage, now)
         if place is None:
             infer.refused_by = before
             return False  # the end that this will be is held against it
-        row.health.note_failure(trio.current_time(), row.pool.sent)
+        row.health.note_failure(now, row.pool.sent)
         assert infer.channel is not None
-        self._directory.remember(infer.channel.session, infer.task_id, by_publisher=True)
+        self._directory.remember(infer.channel.session, infer.task_id, True, now)
         self._leave_channel(infer)
         upload, infer.upload = infer.upload, None
-        infer.task_id = new_task_id()
+        infer.task_id = self._ids.new()
         if upload is not None:
             upload._task_is_over()
         infer.received = 0
@@ -200,8 +195,8 @@ class Infers(Waiting):
         infer.refusal, infer.engine_status, infer.content_type = None, 200, None
         infer.retry_after_s = None
         self._wait_again(infer)
-        self._take(infer, place)
-        self._slot_is_free(row)
+        self._take(infer, place, now)
+        self._slot_is_free(row, now)
         return True
 
     def _requeue(self, infer: Infer) -> None:
@@ -277,15 +272,11 @@ class Infers(Waiting):
             assert row is not None
             assert channel is not None
             self._leave_channel(infer)
-            directory.remember(channel.session, infer.task_id, by_publisher or outcome == "completed")
+            directory.remember(channel.session, infer.task_id, by_publisher or outcome == "completed", now)
             self._judge(infer, row, outcome, by_publisher, now)
         # 2
-        infer.state = InferState.OVER
-        infer.error = error
         counters.count(outcome)
-        infer.stream.end(error)
-        infer.head_ready.set()
-        infer.done.set()
+        infer.end(error)
         if infer.upload is not None:
             infer.upload._task_is_over()
         if infer.claim is not None:
@@ -298,7 +289,7 @@ class Infers(Waiting):
                 channel.send_cancel(infer.task_id, cancel)
             elif cancel is not None:
                 channel.withdraw(infer.task_id)
-            self._slot_is_free(row)
+            self._slot_is_free(row, now)
         for each in wanted:
             # Nobody may want it any more: whoever was to make way for it goes on.
             assert each.session is not None
@@ -308,9 +299,9 @@ class Infers(Waiting):
             self._quiet.set()
             self._quiet = None
 
-    def _slot_is_free(self, row: Row) -> None:
+    def _slot_is_free(self, row: Row, now: float) -> None:
         """Whatever an infer's end, or its going elsewhere, makes possible."""
-        if row.health.is_avoided(trio.current_time(), row.pool.sent):
+        if row.health.is_avoided(now, row.pool.sent):
             self.pump_pool(row.pool)  # it may have been the last in good health: then no penalty matters
         else:
             self.pump(row)

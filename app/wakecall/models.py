@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from .ledger import CellKey, Usage
 
@@ -446,8 +446,7 @@ class KeyEvent:
     owner: str
 
 
-@dataclass(frozen=True, slots=True)
-class InferSettled:
+class InferSettled(NamedTuple):  # to make a frozen dataclass took twice as long, and there is one for every infer
     """An infer's one outcome. `code` is `completed`, or that of the error; `seconds` since it was accepted.
 
     `first_byte_s` is None where no byte of an answer came; `engine_status` where no head did; `key_id` where none was

@@ -26,7 +26,7 @@ class Placement(Enum):
     FULL = "refuse: too many wait, or for too long"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there is one for each row of each choice, and freezing took most of its time
 class RowLoad:
     """A row at one instant.
 
@@ -94,7 +94,7 @@ class RowLoad:
         return self.taken / self.slots
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LineLoad:
     """Who waits, at one instant.
 

@@ -56,17 +56,22 @@ class Placer:
         total_s = self._config.total_s
         target = self._directory.find_target(route[0])
         if target is not None:
-            total_s = max((row.llm.total_s or total_s for row in target.rows), default=total_s)
+            if target.only is not None:
+                total_s = target.pool.rows[target.only].llm.total_s or total_s
+            else:
+                total_s = max((row.llm.total_s or total_s for row in target.rows), default=total_s)
         return total_s if request.timeout_s is None else min(total_s, request.timeout_s)
 
-    def find_place(self, infer: Infer, stage: int) -> tuple[Place | None, Full | None]:
+    def find_place(self, infer: Infer, stage: int, now: float) -> tuple[Place | None, Full | None]:
         """The first of the names from `stage` on that would have it; else why not, if that is for too many waiting."""
         full: Full | None = None
         for index in range(stage, len(infer.route)):
             target = self._directory.find_target(infer.route[index])
             if target is None:
                 continue
-            decision = self._decide(infer, target)
+            if (row := self._lone_free_row(infer, target)) is not None:
+                return Place(index, target, Decision(Placement.DISPATCH, row.llm.name)), None
+            decision = self._decide(infer, target, now)
             if decision.placement in (Placement.DISPATCH, Placement.QUEUE):
                 return Place(index, target, decision), None
             if decision.placement is Placement.FULL:
@@ -74,8 +79,35 @@ class Placer:
                 full = refused if full is None or refused.retry_after_s < full.retry_after_s else full
         return None, full
 
-    def _decide(self, infer: Infer, target: Target) -> Decision:
-        now = trio.current_time()
+    def _lone_free_row(self, infer: Infer, target: Target) -> Row | None:
+        """The row that `choose` would send it to, where there is only one to choose from, it has a slot, and nobody waits.
+
+        So it is for most infers. No penalty counts then, and no bound of the line, so none of them is looked at.
+        """
+        pool, only = target
+        if pool.line:
+            return None
+        if only is not None:
+            row = pool.rows[only]
+        elif len(pool.rows) == 1:
+            (row,) = pool.rows.values()
+        else:
+            return None
+        session, llm = row.session, row.llm
+        if (
+            session is None
+            or session.channel is None
+            or not session.channel.has_room
+            or llm.paused
+            or llm.hold is not None
+            or row.yielding
+            or llm.name in infer.refused_by
+            or not self.has_slot(row)
+        ):
+            return None
+        return row
+
+    def _decide(self, infer: Infer, target: Target, now: float) -> Decision:
         rows = [self.load_of(row, now) for row in target.rows if row.llm.name not in infer.refused_by]
         pool, line = target.pool, target.pool.line
         waiting = 0

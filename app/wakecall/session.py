@@ -15,6 +15,7 @@ and nothing here waits for it to.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -123,14 +124,15 @@ class Channel:
             frames.hello(self._next_id(), self.session_id, self.epoch, config.heartbeat_interval_s, config.keepalive_s)
         )
 
-    def send_infer(self, infer: Infer, due: float) -> None:
+    def send_infer(self, infer: Infer, due: float, now: float) -> None:
         """Take an infer on, to be ended at `due` if nothing happens, and tell the publisher."""
-        self._hold(infer, due)
+        # With the first byte its pauses begin to count, and mostly sooner than what it has in all.
+        self._hold(infer, due, now + min(infer.idle_s, self._config.peer_stall_s))
         assert infer.row is not None
         llm = infer.row.llm
-        left_s = max(infer.total_until - trio.current_time(), 0.0)
+        left_s = max(infer.total_until - now, 0.0)
         limit = self._config.max_inline_body_bytes
-        self._push(frames.infer(self._next_id(), infer.task_id, llm.name, llm.model, infer.request, left_s, limit))
+        self._push(frames.infer(self._next_id(), infer.task_id, llm.name, llm.model, infer.request, left_s, limit), now)
 
     def send_wake(self, wake: Wake, limit_s: float) -> None:
         """Take a wake on, to be ended after `limit_s`, and tell the publisher."""
@@ -162,21 +164,21 @@ class Channel:
         if due < deadline.due:
             self.deadlines.arm(deadline, due)
 
-    def _hold(self, task: Infer | Wake, due: float) -> None:
+    def _hold(self, task: Infer | Wake, due: float, soonest: float = math.inf) -> None:
         assert task.deadline is not None
         self.tasks[task.task_id] = task
-        self.deadlines.arm(task.deadline, due)
+        self.deadlines.arm(task.deadline, due, soonest)
 
     def _next_id(self) -> str:
         self._sequence += 1
         return f"{self.epoch}-{self._sequence}"
 
-    def _push(self, frame: Frame) -> None:
+    def _push(self, frame: Frame, now: float | None = None) -> None:
         """Queue a frame. A channel whose untaken frames pass the bound ends, as `stale`."""
         if self._closed:
             return
         if not self._outbox:
-            self._taken_at = trio.current_time()
+            self._taken_at = trio.current_time() if now is None else now
             self.deadlines.arm(self._stall, self._taken_at + self._config.peer_stall_s)
         self._outbox.append(frame)
         self._weight += frame.weight

@@ -73,6 +73,8 @@ class Infer:
 
     __slots__ = (
         "_cancel",
+        "_done",
+        "_headed",
         "accepted_at",
         "asked",
         "attempts",
@@ -80,12 +82,10 @@ class Infer:
         "claim",
         "content_type",
         "deadline",
-        "done",
         "engine_status",
         "error",
         "first_byte_at",
         "frame_taken",
-        "head_ready",
         "idle_s",
         "last_byte_at",
         "max_readers",
@@ -159,9 +159,10 @@ class Infer:
         self.idle_s = config.idle_s
         self.max_readers: Final = config.max_readers_per_reply
         self.stream = ByteStream(config.reply_buffer_bytes, self._on_room)
-        self.reader: Final = self.stream.open_reader()
-        self.head_ready = trio.Event()
-        self.done = trio.Event()
+        self.reader: Final = self.stream.open_reader(now=now)
+        # Most answers are here before anybody waits for their end.
+        self._headed: trio.Event | None = None
+        self._done: trio.Event | None = None
         self.error: WakecallError | None = None
 
     @property
@@ -175,10 +176,34 @@ class Infer:
             InferFailed: it ended before any byte came: offline, lost, not woken, out of time, …
             ShuttingDown: the broker stopped first.
         """
-        await self.head_ready.wait()
+        if self.first_byte_at is None and not self.is_over:
+            if self._headed is None:
+                self._headed = trio.Event()
+            await self._headed.wait()
+        else:
+            await trio.lowlevel.checkpoint()
         if self.error is not None and self.first_byte_at is None:
             raise self.error.with_traceback(None)
         return Reply(self)
+
+    async def wait_done(self) -> None:
+        """Return once it is over."""
+        if self.is_over:
+            await trio.lowlevel.checkpoint()
+            return
+        if self._done is None:
+            self._done = trio.Event()
+        await self._done.wait()
+
+    def end(self, error: WakecallError | None) -> None:
+        """It is over: whoever waits for it, or reads it, is told so."""
+        self.state = InferState.OVER
+        self.error = error
+        self.stream.end(error)
+        if self._headed is not None:
+            self._headed.set()
+        if self._done is not None:
+            self._done.set()
 
     def cancel(self) -> None:
         """The caller leaves: frees the slot, or the place in the queue. Idempotent; nothing once it is over."""
@@ -209,7 +234,8 @@ class Infer:
         self.content_type = content_type
         self.meter = meter_for(status, content_type)
         self.phase = "idle"
-        self.head_ready.set()
+        if self._headed is not None:
+            self._headed.set()
 
     def _on_room(self) -> None:
         # While the client held the upload back nobody waited for the publisher: its idle clock starts here.
@@ -298,7 +324,7 @@ class Reply:
 
     async def wait_done(self) -> None:
         """Wait for the outcome. Raises it (`WakecallError`) if it is a bad one."""
-        await self._infer.done.wait()
+        await self._infer.wait_done()
         if self._infer.error is not None:
             raise self._infer.error.with_traceback(None)
 

@@ -48,6 +48,8 @@ _SAID: Final = re.compile(rb'"usage"[ \t]*:[ \t]*\{')
 _REST_OF_STRING: Final = re.compile(rb"(?:[^\"\\]++|\\.)*+", re.DOTALL)
 #: Splits a text at its strings. The group is empty for one that does not end in it.
 _STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+("?)', re.DOTALL)
+#: What says nothing of how deep a text is nested.
+_FLAT: Final = bytes(byte for byte in range(256) if byte not in b'{}[]"')
 _BEFORE_OBJECT: Final = re.compile(rb"[ \t\r\n]*(?::[ \t\r\n]*)?")
 _decoder: Final = json.JSONDecoder()
 
@@ -234,6 +236,15 @@ class PlainMeter:
         """Follow how deep it is nested, and whether it is within a string."""
         if not data:
             return
+        if not self._in_string and b'"' not in data:
+            self._nest(data)
+            return
+        if not self._in_string and b'\\"' not in data and b"\\\\" not in data:
+            # Mostly no bracket stands within a string: then its two quotes are beside each other when all else is gone.
+            brackets = data.translate(None, _FLAT).replace(b'""', b"")
+            if b'"' not in brackets:
+                self._nest(brackets)
+                return
         if self._in_string:
             rest = _REST_OF_STRING.match(data, 1 if self._escaped else 0)
             assert rest is not None
@@ -250,7 +261,9 @@ class PlainMeter:
         if len(parts) > 1 and not parts[-2]:
             self._in_string = True
             self._escaped = parts[-1] == b"\\"
-        outside = b"".join(parts[::2])
+        self._nest(b"".join(parts[::2]))
+
+    def _nest(self, outside: bytes) -> None:
         self._depth += outside.count(b"{") + outside.count(b"[") - outside.count(b"}") - outside.count(b"]")
 
     def tokens(self) -> Tokens:
@@ -272,6 +285,8 @@ def meter_for(status: int, content_type: str | None) -> UsageMeter | None:
     """
     if not 200 <= status <= 299:
         return None
+    if content_type == "application/json":
+        return PlainMeter()  # as nearly all of them say it
     media_type = (content_type or "").partition(";")[0].strip().lower()
     if media_type == "text/event-stream":
         return StreamMeter()

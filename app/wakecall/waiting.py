@@ -44,10 +44,10 @@ class Waiting(ABC):
         self.waker: Final = Waker(directory, cast("Dispatcher", self))
 
     @abstractmethod
-    def _take(self, infer: Infer, place: Place) -> None: ...
+    def _take(self, infer: Infer, place: Place, now: float) -> None: ...
 
     @abstractmethod
-    def _send(self, infer: Infer, row: Row) -> None: ...
+    def _send(self, infer: Infer, row: Row, now: float) -> None: ...
 
     @abstractmethod
     def settle(
@@ -140,12 +140,13 @@ class Waiting(ABC):
     def move_on(self, infer: Infer) -> bool:
         """Have one that waits go on to the names after the one that it waits for. Returns whether one of them has it."""
         assert infer.pool is not None
-        place, _ = self.placer.find_place(infer, infer.stage + 1)
+        now = trio.current_time()
+        place, _ = self.placer.find_place(infer, infer.stage + 1, now)
         if place is None:
             return False
         infer.pool.line.discard(infer)
         self._disarm_waiting(infer)
-        self._take(infer, place)
+        self._take(infer, place, now)
         return True
 
     def avoid(self, infer: Infer, row: Row) -> None:
@@ -187,7 +188,7 @@ class Waiting(ABC):
                 infer = pool.line.pop(llm.name, accepts, only_named=named or (on_trial and taken > 0))
                 if infer is None:
                     break
-                self._send(infer, row)
+                self._send(infer, row, now)
         if pool.line:
             self.waker.consider(pool)
         if not pool.waiting:

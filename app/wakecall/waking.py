@@ -208,7 +208,7 @@ class Waker:
         # 1
         del directory.tasks[wake.task_id]
         channel.forget(wake)
-        directory.remember(channel.session, wake.task_id, by_publisher)
+        directory.remember(channel.session, wake.task_id, by_publisher, trio.current_time())
         # 2
         wake.is_over = True
         name = row.llm.name

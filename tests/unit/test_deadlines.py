@@ -39,10 +39,10 @@ class DeadlinesMachine(RuleBasedStateMachine):
             self.expected_again[deadline] = due
             self.heap.arm(deadline, due)
 
-    @rule(deadline=made, later=INSTANTS)
-    def arm(self, deadline, later):
+    @rule(deadline=made, later=INSTANTS, sooner=INSTANTS | st.just(math.inf))
+    def arm(self, deadline, later, sooner):
         if deadline.fire is not None:
-            self.heap.arm(deadline, self.now + later)
+            self.heap.arm(deadline, self.now + later, self.now + sooner)
             self.expected[deadline] = self.now + later
 
     @rule(deadline=made, later=INSTANTS.filter(bool))
@@ -160,3 +160,20 @@ async def test_run_fires_each_in_its_instant(autojump_clock):
         await trio.sleep(10)
         assert fired == [0.5, 1.0, 2.0, 3.0]
         nursery.cancel_scope.cancel()
+
+
+def test_one_that_was_to_be_looked_at_early_is_moved_there_for_nothing():
+    """One entry in the heap, as often as it comes forward; and until then it fires when it was to fire."""
+    heap, fired = Deadlines(), []
+    moved, left = Deadline(lambda: fired.append("moved")), Deadline(lambda: fired.append("left"))
+    heap.arm(moved, 100.0, 10.0)
+    heap.arm(left, 90.0, 10.0)
+    heap.arm(moved, 50.0)
+    heap.arm(moved, 12.0)
+    assert len(heap) == 2
+    assert heap.fire_due(10.0) == 12.0
+    assert fired == []
+    assert heap.fire_due(12.0) == 90.0
+    assert fired == ["moved"]
+    heap.fire_due(90.0)
+    assert fired == ["moved", "left"]

@@ -42,6 +42,7 @@ LAYERS = {
     "store": Layer("store store.*", "pure", "trio"),
     # Trio, but neither HTTP nor SQL nor a socket.
     "broker": Layer(
+        "taskids "
         "broker core publishing operating session wake task channel directory dispatch journal local registry access"
         " keyring upload views naming accounting hosting"
         " bytestream deadlines waking stopping infers placing waiting results",

@@ -165,6 +165,8 @@ async def handle_signals(on_signal: Callable[[int], None], *numbers: signal.Sign
 
 def printable(text: str) -> str:
     """`text` with everything that could move a cursor, or break a line, as an escape."""
+    if text.isprintable():
+        return text
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 

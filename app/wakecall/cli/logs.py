@@ -108,7 +108,7 @@ def _pairs(fields: Mapping[str, Any]) -> list[str]:
 def _bare(value: Any) -> str:
     """A value that ends at the next space: in quotes where it would not."""
     text = str(value)
-    if text and text.isprintable() and not set(' "=') & set(text):
+    if text and text.isprintable() and " " not in text and '"' not in text and "=" not in text:
         return text
     return json.dumps(text)
 

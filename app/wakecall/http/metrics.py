@@ -94,8 +94,8 @@ class Metrics:
         # The broker has just begun, so what there is of it has not been missed; series exist before anything happened.
         for outcome in ("completed", "failed", "cancelled"):
             self._seconds.labels(outcome)
-        for direction in ("in", "out"):
-            self._tokens.labels(direction)
+        self._series: dict[tuple[str, str], tuple[Counter, Histogram]] = {}  # as many as outcomes and codes allow
+        self._tokens_in, self._tokens_out = self._tokens.labels("in"), self._tokens.labels("out")
         for outcome in ("succeeded", "failed", "timed_out", "lost"):
             self._wakes.labels(outcome)
         for how in _RELEASES:
@@ -109,14 +109,22 @@ class Metrics:
     def _observe(self, event: Event) -> None:
         if isinstance(event, InferSettled):
             code = event.code if event.code in _CODES else "other"
-            self._outcomes.labels(event.outcome, code).inc()
-            self._seconds.labels(event.outcome).observe(event.seconds)
+            ended = event.outcome, code
+            if (series := self._series.get(ended)) is None:
+                # To look these up by their labels costs as much as to count in them.
+                series = self._series[ended] = self._outcomes.labels(*ended), self._seconds.labels(event.outcome)
+            outcomes, seconds = series
+            outcomes.inc()
+            seconds.observe(event.seconds)
             if event.first_byte_s is not None:
                 self._first_byte.observe(event.first_byte_s)
             self._attempts.inc(event.attempts)
-            self._moves.inc(max(event.attempts - 1, 0))
-            self._tokens.labels("in").inc(event.tokens_in or 0)
-            self._tokens.labels("out").inc(event.tokens_out or 0)
+            if event.attempts > 1:
+                self._moves.inc(event.attempts - 1)
+            if event.tokens_in:
+                self._tokens_in.inc(event.tokens_in)
+            if event.tokens_out:
+                self._tokens_out.inc(event.tokens_out)
         elif isinstance(event, SlotReleased):
             self._cancels.labels(event.how).observe(event.seconds)
             self._unwanted.inc(max(event.seconds, 0.0))
