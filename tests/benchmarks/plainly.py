@@ -9,7 +9,7 @@ from typing import Any
 
 from .servers import Server
 
-__all__ = ["Channel", "call"]
+__all__ = ["Channel", "call", "register"]
 
 
 def call(
