@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
@@ -452,7 +452,7 @@ class Directory:
             del self.owned[owner]
         for row in session.rows.values():
             row.session = None
-        for task_id in session.settled:
+        for task_id in session.settled or ():
             del self.settled[task_id]
         self.journal.put_session(session_id, None)
 
@@ -511,7 +511,8 @@ class Directory:
         if self.sessions.get(session.record.session_id) is not session:
             return
         self.settled[task_id] = Settled(session.record.owner, by_publisher, now)
-        settled = session.settled
+        if (settled := session.settled) is None:
+            settled = session.settled = deque()
         settled.append(task_id)
         horizon = now - self.config.settled_memory_s
         while len(settled) > self.config.max_settled_per_session or self.settled[settled[0]].at <= horizon:

@@ -327,7 +327,7 @@ class Registry:
         1. It is detached: nothing is sent on it any more.
         2. All that was sent on it fails.
         3. Without a successor its rows are lost, and those who wait for them fail.
-        4. Its nursery is cancelled; nothing there awaits anything.
+        4. Its task is cancelled; nothing there awaits anything.
 
         Args:
             channel: which.

@@ -11,7 +11,8 @@
  *     paced      each connection sends its request once; the texts of the answer's events hold when they were due and
  *                written, T<due>T<written>T in ns of CLOCK_MONOTONIC: a proxy that writes events anew leaves texts as
  *                they are. Counted is from 2 s after the last began to 1 s before the first ended (--trim-begin, --trim-end)
- *     publish    no client: says {"ready": true} once the channel is open, and ends with its stdin
+ *     publish    no client: says {"ready": true} once the channel is open, {"wake": TASK} at a wake, whose result is whoever
+ *                reads this to post, and ends with its stdin
  *
  *     --publish-port P --session NAME [--key KEY] --answer FILE --event FILE [--events N] [--kept K] [--pace R] [--shared]
  *
@@ -392,7 +393,19 @@ static void ready(void) {
     }
 }
 
+static void take_task(const char *data, size_t count, char *task) {
+    const char *at = memmem(data, count, "\"task_id\":", 10);
+    if (at == NULL || (at = strchr(at + 10, '"')) == NULL)
+        die("a frame without its task");
+    size_t length = strcspn(++at, "\"");
+    if (length >= TASK_BYTES)
+        die("a task's id is too long");
+    memcpy(task, at, length);
+    task[length] = 0;
+}
+
 static void take_frame(const char *data, size_t count) {
+    char task[TASK_BYTES];
     if (strcmp(event_name, "hello") == 0) {
         if (!want_shared) {
             ready();
@@ -413,17 +426,16 @@ static void take_frame(const char *data, size_t count) {
             taken_count = strtoull(at + 8, NULL, 10);
         ready();
     } else if (strcmp(event_name, "infer") == 0) {
-        const char *at = memmem(data, count, "\"task_id\":", 10);
         const char *streamed = memmem(data, count, "\"stream\":", 9);
-        if (at == NULL || streamed == NULL || (at = strchr(at + 10, '"')) == NULL)
-            die("an infer without a task or a stream");
-        char task[TASK_BYTES] = "";
-        size_t length = strcspn(++at, "\"");
-        if (length >= sizeof task)
-            die("a task's id is too long");
-        memcpy(task, at, length);
+        if (streamed == NULL)
+            die("an infer that does not say whether it streams");
+        take_task(data, count, task);
         streamed += 9;
         answer_task(task, streamed[strspn(streamed, " ")] == 't');
+    } else if (strcmp(event_name, "wake") == 0) {
+        take_task(data, count, task);
+        printf("{\"wake\": \"%s\"}\n", task);
+        fflush(stdout);
     } else if (strcmp(event_name, "bye") == 0) {
         die("the broker said bye");
     }

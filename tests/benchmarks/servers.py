@@ -1,9 +1,10 @@
 """The servers that are measured, each in a process of its own: `python -m tests.benchmarks.servers KIND`.
 
 * `floor-guarded`, `floor-bare`: the frozen floor, with the guard and without it;
-* `wakecall`: ours with everything switched on: keys, limits, metrics, SQLite.
+* `wakecall`: ours with everything switched on: keys, limits, metrics, SQLite;
+* `wakecall-wide`: the same with bounds that let ten thousand wait for one model, and have sessions.
 
-Each prints one line of JSON: its port, and for `wakecall` a client's, a publisher's and an admin's key.
+Each prints one line of JSON: its port, and for ours a client's, a publisher's and an admin's key.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -45,6 +47,13 @@ class Server:
         """The processor time that it has used, all threads together."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory_kib(self, what: str = "VmRSS") -> int:
+        """What it holds now; `VmHWM`: has ever held at most."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith(f"{what}:"):
+                return int(line.split()[1])
+        raise ValueError(what)
 
 
 def server_core() -> int | None:
@@ -105,16 +114,24 @@ async def serve_floor(*, is_guarded: bool) -> None:
     await serve_app(guarded(bare) if is_guarded else bare, hypercorn_config(), listening)
 
 
-async def serve_wakecall() -> None:
+async def serve_wakecall(*, is_wide: bool = False) -> None:
     from wakecall import BrokerConfig, ServeConfig, open_broker, open_sqlite_store, serve
 
+    config, in_flight = BrokerConfig(), 1000
+    if is_wide:
+        # No key has the last place in a line, so ten thousand of one key want room for twice as many.
+        wide = 40_000
+        config = BrokerConfig(
+            max_sessions_per_owner=wide, max_waiting=wide, max_waiting_per_llm=wide, max_waiting_per_key=wide
+        )
+        in_flight = wide
     with tempfile.TemporaryDirectory() as folder:
         async with (
             open_sqlite_store(Path(folder) / "bench.db") as store,
-            open_broker(store, BrokerConfig()) as broker,
+            open_broker(store, config) as broker,
             trio.open_nursery() as nursery,
         ):
-            client = await broker.create_key("client", llms=["bench*"], rpm=1_000_000, max_in_flight=1000)
+            client = await broker.create_key("client", llms=["bench*"], rpm=1_000_000, max_in_flight=in_flight)
             publisher = await broker.create_key("publisher")
             admin = await broker.create_key("admin")
             urls = await nursery.start(serve, broker, ServeConfig(port=0))
@@ -126,12 +143,12 @@ def _say(**facts: object) -> None:
     print(json.dumps(facts), flush=True)
 
 
-KINDS = ("floor-guarded", "floor-bare", "wakecall")
+KINDS = ("floor-guarded", "floor-bare", "wakecall", "wakecall-wide")
 
 
 def main(kind: str) -> None:
-    if kind == "wakecall":
-        trio.run(serve_wakecall)
+    if kind in ("wakecall", "wakecall-wide"):
+        trio.run(partial(serve_wakecall, is_wide=kind == "wakecall-wide"))
     elif kind in KINDS:
 
         async def run() -> None:

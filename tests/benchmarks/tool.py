@@ -1,4 +1,4 @@
-"""`load.c`, compiled once for each of its versions, and how it is asked."""
+"""`load.c` and `burst.c`, compiled once for each of their versions, and how they are asked."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from .servers import Server, load_core
 from .sizes import ANSWER, EVENT, EVENTS
 
-__all__ = ["Publisher", "build", "offers_shared", "paced", "publishing", "requests", "streams"]
+__all__ = ["Crowd", "Publisher", "build", "crowd", "offers_shared", "paced", "publishing", "requests", "streams"]
 
 #: A load that is so busy may be what is measured.
 _BUSY = 0.7
 _SOURCE = Path(__file__).with_name("load.c")
+_BURST = Path(__file__).with_name("burst.c")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,15 +50,14 @@ class Publisher:
     kept: int = 64
 
 
-def build() -> Path:
-    """The program, compiled if this version of it is not there yet.
+def build(source: Path = _SOURCE) -> Path:
+    """A program, compiled if this version of it is not there yet.
 
     Raises:
         RuntimeError: there is no compiler.
     """
-    source = _SOURCE.read_bytes()
     folder = Path(tempfile.gettempdir()) / f"wakecall-bench-{os.getuid()}"
-    program = folder / f"load-{hashlib.sha256(source).hexdigest()[:16]}"
+    program = folder / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
     if program.exists():
         return program
     compiler = shutil.which("cc")
@@ -63,7 +65,7 @@ def build() -> Path:
         raise RuntimeError("the benchmark needs a C compiler as `cc`: apt-get install gcc libc6-dev")
     folder.mkdir(mode=0o700, exist_ok=True)
     fresh = program.with_suffix(f".{os.getpid()}")
-    subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-o", fresh, _SOURCE], check=True)
+    subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-o", fresh, source], check=True)
     fresh.rename(program)  # so that nobody meets half a program
     return program
 
@@ -119,22 +121,77 @@ def offers_shared(server: Server) -> bool:
 
 
 @contextmanager
-def publishing(publisher: Publisher, seconds: float) -> Iterator[None]:
-    """A publisher in a process of its own, for at most so long."""
+def publishing(publisher: Publisher, seconds: float) -> Iterator[SimpleQueue[dict[str, Any]]]:
+    """A publisher in a process of its own, for at most so long. Yields what it says; all of it is there at the end."""
+    said: SimpleQueue[dict[str, Any]] = SimpleQueue()
     with _files([]) as folder:
         command = [*_command("publish"), *_as_options(publisher, folder), "--limit", str(seconds)]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_onto_its_core
         )
         assert process.stdin is not None
-        assert process.stdout is not None
+        lines = process.stdout
+        assert lines is not None
+        hearer = threading.Thread(target=lambda: [said.put(json.loads(line)) for line in lines], daemon=True)
         try:
-            if not process.stdout.readline():
+            if not lines.readline():
                 raise RuntimeError("the publisher did not start")
-            yield
+            hearer.start()
+            yield said
         finally:
             process.stdin.close()
             process.wait(10)
+            if hearer.is_alive():
+                hearer.join()
+            lines.close()
+
+
+class Crowd:
+    """Many callers with a connection each, that all ask at once. Made by `crowd`."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def ask(self) -> int:
+        """Send the request on every connection. Returns when the first was sent, in ns of CLOCK_MONOTONIC."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("ask\n")
+        self._process.stdin.flush()
+        return int(self._hear()["sent"])
+
+    def wait(self) -> dict[str, Any]:
+        """Wait for all answers: when the first and the last had been read, the number of each status, and their bytes."""
+        return self._hear()
+
+    def _hear(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the crowd's answers did not all come (it ended with {self._process.wait(10)})")
+        found = json.loads(line)
+        assert isinstance(found, dict)
+        return found
+
+
+@contextmanager
+def crowd(port: int, asked: bytes, callers: int, limit_s: int = 120) -> Iterator[Crowd]:
+    """So many callers, connected, who are to ask this; for at most so long."""
+    with _files([asked]) as folder:
+        command = [str(build(_BURST)), "--port", str(port), "--connections", str(callers)]
+        command += ["--request", str(folder / "0"), "--limit", str(limit_s)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_onto_its_core
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            everybody = Crowd(process)
+            everybody._hear()
+            yield everybody
+        finally:
+            process.kill()
+            process.wait()
+            process.stdin.close()
             process.stdout.close()
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
-from tests.benchmarks import heartbeats, pace, report, svg, tool, traffic
+from tests.benchmarks import death, heartbeats, memory, pace, plainly, report, svg, tool, traffic, wakes
 from tests.benchmarks.report import Bar, Figure
 from tests.benchmarks.servers import Server, server
 from tests.benchmarks.sizes import EVENTS, chat, post
@@ -93,6 +93,42 @@ def test_a_round_of_a_group_has_its_bars_and_finite_figures(
     assert all(math.isfinite(figure.value) and figure.value > 0 for figure in figures)
 
 
+@pytest.mark.parametrize(
+    ("group", "few", "bars"),
+    [
+        (memory, {"_STREAM_MIB": 1, "_CHANNELS": 3, "_FIRST_CHANNELS": 1}, {"≤ 4", "≤ 40"}),
+        (death, {"_CALLERS": 5, "_TURNS": 1}, {"≤ 1.5"}),
+        (wakes, {"_CALLERS": 8}, {"≤ 2", "≤ 40"}),
+    ],
+)
+def test_a_round_of_masses_has_its_bars_and_everybody_is_answered(
+    group: ModuleType, few: dict[str, int], bars: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, number in few.items():
+        monkeypatch.setattr(group, name, number)
+    figures = group.measure(0.1)
+    assert {str(figure.bar) for figure in figures if figure.bar is not None} == bars
+    assert all(math.isfinite(figure.value) for figure in figures)
+
+
+def test_a_crowd_that_is_refused_is_no_figure(ours: Server) -> None:
+    with pytest.raises(RuntimeError, match="not all were answered 200"):
+        death.floor_ms(ours, 2)  # it wants a key
+
+
+def test_every_wake_is_told(ours: Server) -> None:
+    """One after another, each is a line of its own: two for one crowd would be seen."""
+    with tool.publishing(tool.Publisher(server=ours), 20) as said:
+        for number in range(2):
+            plainly.register(ours, "bench", status="hibernating")
+            with tool.crowd(ours.port, post("/v1/chat/completions", chat(), ours.client), 1) as crowd:
+                crowd.ask()
+                task = said.get(timeout=20)["wake"]
+                assert plainly.call(ours, "POST", f"/publisher/v1/tasks/{task}/result", b"")[0] == 200
+                assert crowd.wait()["statuses"] == {"200": 1}, number
+    assert said.empty()
+
+
 def test_a_plot_of_nothing_has_an_axis_all_the_same() -> None:
     assert "<svg" in svg.line_plot("", "", "", {"a": [(1, 0)]})
 
@@ -104,9 +140,10 @@ def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
         tool.build()
 
 
-def test_the_tool_compiles_without_a_warning(tmp_path: object) -> None:
-    command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", f"{tmp_path}/load", str(tool._SOURCE)]
-    subprocess.run(command, check=True)
+def test_the_tools_compile_without_a_warning(tmp_path: object) -> None:
+    for source in (tool._SOURCE, tool._BURST):
+        command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", f"{tmp_path}/{source.stem}", str(source)]
+        subprocess.run(command, check=True)
 
 
 def test_rounds_become_medians_beside_their_bars() -> None:
