@@ -3,7 +3,8 @@
    One thread, one epoll, HTTP/1.1 with keep-alive, 127.0.0.1 on a port that it prints. A POST gets the same answer each
    time; one with "stream":true gets EVENTS events as fast as they go, or, with `pace=40 events=400` somewhere in its body
    (a prompt comes through a peer unchanged), so many a second and so many in all. The text of a paced event holds
-   T<nanoseconds of CLOCK_MONOTONIC>T, taken as it is written: text survives a peer that writes events anew.
+   T<when it was due>T<when it was written>T, in nanoseconds of CLOCK_MONOTONIC: text survives a peer that writes events
+   anew.
    An engine's answer has an engine's members (usage above all: a peer that misses it counts tokens itself).
 
    It is FastChat's worker too, by path; registering it with the controller is left to whoever started it. There a
@@ -84,18 +85,18 @@ static const char *fill(size_t size) {
     return letters;
 }
 
-/* An event of EVENT bytes whose text holds `stamp`, as a chunk of HTTP. */
-static void add_event(Text *text, long stamp) {
-    const char *form = "data: {\"id\":\"c\",\"object\":\"chat.completion.chunk\",\"created\":1,\"model\":\"bench\",\"choices\":"
-                       "[{\"index\":0,\"delta\":{\"content\":\"T%020ldT%s\"},\"finish_reason\":null}]}\n\n";
-    size_t bare = (size_t)snprintf(NULL, 0, form, stamp, "");
+/* An event of EVENT bytes, as a chunk of HTTP. No two are alike: LiteLLM ends a stream that repeats itself. */
+static void add_event(Text *text, long due, long at) {
+    const char *form = "data: {\"id\":\"c\",\"object\":\"chat.completion.chunk\",\"model\":\"bench\",\"choices\":"
+                       "[{\"index\":0,\"delta\":{\"content\":\"T%018ldT%018ldT%s\"},\"finish_reason\":null}]}\n\n";
+    size_t bare = (size_t)snprintf(NULL, 0, form, due, at, "");
     add(text, "%x\r\n", EVENT);
-    add(text, form, stamp, fill(EVENT - bare));
+    add(text, form, due, at, fill(EVENT - bare));
     add(text, "\r\n");
 }
 
 static void add_end(Text *text) {
-    const char *end = "data: {\"id\":\"c\",\"object\":\"chat.completion.chunk\",\"created\":1,\"model\":\"bench\",\"choices\":"
+    const char *end = "data: {\"id\":\"c\",\"object\":\"chat.completion.chunk\",\"model\":\"bench\",\"choices\":"
                       "[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n";
     add(text, "%zx\r\n%s\r\n0\r\n\r\n", strlen(end), end);
 }
@@ -118,7 +119,7 @@ static void set_answers(void) {
     add(&stream, "%s", stream_head);
     add(&worker_stream, "%s", stream_head);
     for (int at = 0; at < EVENTS; at++) {
-        add_event(&stream, at);
+        add_event(&stream, at, at);
         part.size = 0;
         add(&part, "{\"text\":\"%s\",\"error_code\":0,\"usage\":{\"prompt_tokens\":90,\"completion_tokens\":%d,"
                    "\"total_tokens\":%d},\"finish_reason\":%s}",
@@ -174,7 +175,7 @@ static int put_due(Connection *connection) {
     static Text text;
     while (connection->paced && !connection->left && connection->due <= now()) {
         text.size = 0;
-        add_event(&text, now());
+        add_event(&text, connection->due, now());
         if (!--connection->paced) add_end(&text);
         memcpy(connection->event, text.data, text.size);
         connection->out = connection->event;
@@ -203,7 +204,9 @@ static int respond(Connection *connection, const char *head, const char *body) {
     if (pace <= 0) return put(connection, &stream);
     connection->paced = number_after(body, "events=", EVENTS);
     connection->interval = 1000000000L / pace;
-    connection->due = now() + connection->interval;
+    /* Engines do not march in step: each stream has a phase of its own. */
+    static long begun;
+    connection->due = now() + (long)(0.61803399 * (double)begun++ * (double)connection->interval) % connection->interval;
     connection->out = stream_head;
     connection->left = strlen(stream_head);
     return flush(connection);
