@@ -30,6 +30,8 @@ import platformdirs
 SOURCE = Path(__file__).with_name("engine.c")
 KEY = "sk-bench"
 READY_S = 180.0
+# By default 5: so long one turn of LiteLLM's loop may take with 64 streams, and then it closes those that wait for it.
+KEEP_ALIVE_S = "75"
 
 LITELLM = ("litellm[proxy]==1.108.7", "uvicorn==0.54.0", "uvloop==0.23.0")
 # FastChat itself without what it requires (its web pages): what its two servers import comes beside it, and no torch.
@@ -61,25 +63,18 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A peer that answers."""
+    """A peer that answers `POST /v1/chat/completions` for the model `bench`.
+
+    Args:
+        port: on 127.0.0.1.
+        key: a client's.
+        versions: of itself, and of what its speed stands on.
+    """
 
     name: str
     port: int
+    key: str
     versions: str
-
-    def request(self, prompt: str, *, stream: bool = False) -> bytes:
-        """The bytes of a chat completion."""
-        chat = {
-            "model": "bench",
-            "messages": [{"role": "user", "content": prompt}],
-            **({"stream": True} if stream else {}),
-        }
-        body = json.dumps(chat).encode()
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        return head.encode() + body
 
 
 def compile_engine(folder: Path) -> Path:
@@ -132,10 +127,10 @@ def open_litellm(engine: int, core: int | None = None) -> Iterator[Peer]:
         Path(folder, "config.yaml").write_text(json.dumps(settings))
         command = [
             *(programs / "litellm", "--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port)),
-            *("--num_workers", "1", "--telemetry", "False"),
+            *("--num_workers", "1", "--telemetry", "False", "--keepalive_timeout", KEEP_ALIVE_S),
         ]
         with _running(command, core, folder, _LITELLM_ENVIRONMENT) as process:
-            peer = Peer("LiteLLM", port, _versions(programs, "litellm", "uvicorn", "uvloop", "aiohttp"))
+            peer = Peer("LiteLLM", port, KEY, _versions(programs, "litellm", "uvicorn", "uvloop", "aiohttp"))
             _wait_ready(lambda: _answers(peer), process)
             yield peer
 
@@ -166,7 +161,7 @@ def open_fastchat(engine: int, core: int | None = None) -> Iterator[Peer]:
                 {"LOGDIR": ""},
             ) as second,
         ):
-            peer = Peer("FastChat", port, _versions(programs, "fschat", "uvicorn", "fastapi", "aiohttp"))
+            peer = Peer("FastChat", port, KEY, _versions(programs, "fschat", "uvicorn", "fastapi", "aiohttp"))
             _wait_ready(lambda: _registers(controller_port, engine), first)
             _wait_ready(lambda: _answers(peer), second)
             yield peer
