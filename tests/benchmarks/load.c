@@ -10,7 +10,8 @@
  *     streams    the same, and the events of each answer are counted (empty lines, not writes)
  *     paced      each connection sends its request once; the texts of the answer's events hold when they were due and
  *                written, T<due>T<written>T in ns of CLOCK_MONOTONIC: a proxy that writes events anew leaves texts as
- *                they are. Counted is from 2 s after the last began to 1 s before the first ended (--trim-begin, --trim-end)
+ *                they are. Counted is from 2 s after the last began to 1 s before the first ended
+ *                (--trim-begin, --trim-end)
  *     publish    no client: says {"ready": true} once the channel is open, and ends with its stdin
  *
  *     --publish-port P --session NAME [--key KEY] --answer FILE --event FILE [--events N] [--kept K] [--pace R] [--shared]

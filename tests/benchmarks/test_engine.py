@@ -11,7 +11,7 @@ from http.client import HTTPConnection
 
 import pytest
 
-from .peers import open_engine
+from .peer_servers import open_engine
 
 
 @pytest.fixture(scope="module")
