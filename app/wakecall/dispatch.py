@@ -102,8 +102,8 @@ class Dispatcher(Infers):
 
     def refuse_all_waiting(self, error: type[WakecallError]) -> None:
         """Fail all who wait, for whatever row."""
-        for row in list(self._directory.rows.values()):
-            for infer in list(row.pool.line):
+        for pool in self._directory.pools_made():
+            for infer in list(pool.line):
                 self.settle(infer, "failed", error())
 
     def fail_row(self, row: Row, message: str = "The model was deleted while it worked on this request.") -> None:

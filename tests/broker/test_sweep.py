@@ -1,5 +1,6 @@
 """90 s without a heartbeat: inactive; 4 h inactive: deleted. And what a restart makes of what a store holds."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import trio
 
 from tests.broker.helpers import CALL, start_call, statuses, view
 from wakecall import BrokerConfig, LLMSpec, MemoryStore, Status
+from wakecall.directory import Row
 from wakecall.errors import ModelOffline
 from wakecall.models import Batch, SessionRecord
 from wakecall.testing import FakePublisher, open_test_broker
@@ -102,6 +104,24 @@ async def test_a_row_is_deleted_four_hours_after_it_went_inactive_and_not_before
         assert report(await broker.sweep()) == ((), ("qwen",))
         assert broker.llms() == []
         assert report(await broker.sweep()) == NOTHING
+
+
+@pytest.mark.parametrize("pool", [None, "big"])
+async def test_a_deleted_row_leaves_no_circle_behind(autojump_clock, pool):
+    """`serve` has the collector pass by what was there at its start, so what goes later has to go by itself."""
+    store = MemoryStore()
+    async with open_test_broker(BY_HAND, store) as broker:
+        await broker.register("laptop", [LLMSpec("qwen", pool=pool), LLMSpec("phi", pool=pool)])
+    async with open_test_broker(BY_HAND, store) as broker:
+        # Asked for its pool, as whoever calls it would.
+        ids = {id(row) for row in broker._directory.rows.values() if row.pool.rows}
+        await trio.sleep(4 * 3600 + 1)
+        gc.disable()
+        try:
+            assert report(await broker.sweep()) == ((), ("phi", "qwen"))
+            assert [each.llm.name for each in gc.get_objects() if type(each) is Row and id(each) in ids] == []
+        finally:
+            gc.enable()
 
 
 async def test_heartbeats_do_not_keep_a_withdrawn_row_from_being_deleted(autojump_clock):

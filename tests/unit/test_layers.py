@@ -31,7 +31,7 @@ LAYERS = {
     # Decisions and data: no Trio, no I/O, no clock.
     "pure": Layer(
         "lifecycle placement sweep frames models errors config addresses keys limits faults fairness health usage ledger"
-        " rewrite",
+        " rewrite records",
         "",
         "",
     ),

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from ..ledger import CellKey, Usage, UsageBy
 from ..models import LLM, Alias, Batch, Key, Kind, SessionRecord, Snapshot, Status
+from ..records import changed_llm
 
 __all__ = ["MemoryStore", "Store", "StoreError", "StoreInUse"]
 
@@ -65,11 +66,17 @@ class MemoryStore:
         )
 
     async def write(self, batch: Batch) -> None:
-        for name, llm in batch.llms.items():
-            if llm is None:
+        if batch.lost_at is not None:
+            for name, llm in self._llms.items():
+                if llm.kind is Kind.VIRTUAL and llm.status is not Status.INACTIVE:
+                    self._llms[name] = changed_llm(
+                        llm, status=Status.INACTIVE, remembers=llm.status, inactive_since=batch.lost_at
+                    )
+        for name, change in batch.llms.items():
+            if change is None:
                 self._llms.pop(name, None)
             else:
-                self._llms[name] = llm
+                self._llms[name] = change
         for session_id, session in batch.sessions.items():
             if session is None:
                 self._sessions.pop(session_id, None)
