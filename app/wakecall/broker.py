@@ -177,7 +177,7 @@ class Broker(Publishing, Operating):
         while True:
             await trio.sleep(self.config.sweep_interval_s)
             try:
-                self._registry.sweep_nowait()  # a store that hangs must not keep dead rows alive
+                await self._registry.sweep()  # without its commit: a store that hangs must not keep dead rows alive
                 self._accounting.expire_nowait()
             except Exception as error:
                 logger.error("a sweep failed: %s", stacks_of(error))

@@ -63,8 +63,9 @@ class Dispatcher(Infers):
 
     def welcome(self, row: Row) -> None:
         """A row has come: those who wait for its pool are its own too."""
-        if row.pool.line:
-            self.review_phases(row.pool, row)
+        pool = row.pool_if_made
+        if pool is not None and pool.line:
+            self.review_phases(pool, row)
             self.pump(row)
 
     def lose_tasks(self, channel: Channel, *, shutdown: bool = False) -> int:
