@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import trio
 
-from . import views
+from . import loading, views
 from .access import Access
 from .accounting import Accounting
 from .config import BrokerConfig
@@ -65,7 +65,7 @@ class Core:
 
     async def _load(self, snapshot: Snapshot, cells: dict[CellKey, Usage]) -> None:
         """Take what the store holds, once, before anybody else has this broker."""
-        await self._directory.load(snapshot)
+        await loading.load(self._directory, snapshot)
         self._access.load()
         self._accounting.load(cells)
 

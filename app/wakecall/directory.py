@@ -28,7 +28,7 @@ from .health import Health
 from .journal import Journal
 from .keyring import Caller, Keyring
 from .lifecycle import RowEvent
-from .models import LLM, Alias, Event, Key, Kind, SessionRecord, Snapshot, Status
+from .models import LLM, Alias, Event, Key, Kind, SessionRecord, Status
 from .records import changed_llm, changed_session
 from .session import Session
 from .stopping import Stopping
@@ -194,16 +194,6 @@ class Settled(NamedTuple):
     at: float
 
 
-#: A start with a million rows must go on answering signals.
-_LOADED_AT_ONCE: Final = 1000
-
-
-def _inactive_since(row: Row) -> float:
-    since = row.llm.inactive_since
-    assert since is not None
-    return since
-
-
 class Directory:
     def __init__(self, config: BrokerConfig, journal: Journal) -> None:
         self.config: Final = config
@@ -228,63 +218,10 @@ class Directory:
         self.stopping = False
         self.observers: list[Callable[[Event], None]] = []
 
-    async def load(self, snapshot: Snapshot) -> None:
-        """Take what a store held, some of it at a time. Nothing is active until its publisher is back; retention goes on."""
-        now = self.clock.now()
-        for key in snapshot.keys:
-            self.keyring.add(key)
-            self.keyring.close()
-        self.aliases = {alias.name: alias for alias in snapshot.aliases}
-        # No instant is ahead of our clock, or what stands behind it in its list would wait for it.
-        sessions = sorted(snapshot.sessions, key=lambda s: now if s.unused_since is None else min(s.unused_since, now))
-        for number, record in enumerate(sessions):
-            if not number % _LOADED_AT_ONCE:
-                await trio.lowlevel.checkpoint()
-            if record.last_heartbeat_at > now:
-                record = changed_session(record, last_heartbeat_at=now)
-            if record.unused_since is not None and record.unused_since > now:
-                record = changed_session(record, unused_since=now)
-            self.sessions[record.session_id] = Session(record)
-            self.owned[record.owner] = self.owned.get(record.owner, 0) + 1
-        retired: list[Row] = []
-        to_lose = False
-        for number, llm in enumerate(snapshot.llms):
-            if not number % _LOADED_AT_ONCE:
-                await trio.lowlevel.checkpoint()
-            row = self._load_row(llm, now)
-            if llm.kind is Kind.VIRTUAL:
-                retired.append(row)
-                if llm.status is not Status.INACTIVE:
-                    if not to_lose:
-                        self.journal.lose_rows(now)
-                        to_lose = True
-                    if llm.last_heartbeat_at > now:
-                        self.journal.put_row(llm.name, row.llm)  # in this, too, it is not what the store holds
-        # Those that were inactive before come first in the order of retirement.
-        retired.sort(key=_inactive_since)
-        self.inactive.update((row.llm.name, row) for row in retired)
-        for number, session in enumerate(self.sessions.values()):
-            if not number % _LOADED_AT_ONCE:
-                await trio.lowlevel.checkpoint()
-            self.detach_longest_withdrawn(session)
-            self.review_unused(session)
+    # Rows
 
-    def _load_row(self, llm: LLM, now: float) -> Row:
-        """A row that a store held: inactive from now on, if it is a publisher's and was not so before."""
-        changes: dict[str, Any] = {}
-        if llm.last_heartbeat_at > now:
-            changes["last_heartbeat_at"] = now
-        if llm.kind is Kind.VIRTUAL and llm.status is not Status.INACTIVE:
-            after = lifecycle.step(lifecycle.state_of(llm), RowEvent.LOST)
-            changes |= {"status": after.status, "remembers": after.remembers, "inactive_since": now}
-        elif llm.inactive_since is None:
-            # A file that somebody wrote to by hand must not stop every sweep.
-            if llm.status is Status.INACTIVE:
-                changes["inactive_since"] = now
-        elif llm.inactive_since > now:
-            changes["inactive_since"] = now
-        if changes:
-            llm = changed_llm(llm, **changes)
+    def place_row(self, llm: LLM) -> Row:
+        """A row that a store held, with its pool; it is in no list yet."""
         row = self.rows[llm.name] = Row(llm)
         self._count_row(llm, 1)
         self._join_pool(row)
@@ -294,8 +231,6 @@ class Directory:
             row.session = holder
             holder.rows[llm.name] = row
         return row
-
-    # Rows
 
     def add_row(self, llm: LLM, session: Session | None) -> Row:
         """A row that was not there."""

@@ -183,9 +183,15 @@ def figures(rows: int, many: Sweeps, alone: list[Sweeps], stale: int) -> list[Fi
 
 
 def measure(seconds: float) -> list[Figure]:
-    """One round. It takes as long as it takes to register a million rows, whatever `seconds` says."""
+    """One round. It takes as long as it takes to register a million rows, whatever `seconds` says.
+
+    Raises:
+        RuntimeError: it did not go through.
+    """
     command = [sys.executable, "-m", "tests.benchmarks.sweeps", str(_ROWS), str(_STALE), str(_SWEEPS)]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=_ROOT, timeout=900)
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=_ROOT, timeout=900)
+    if run.returncode:
+        raise RuntimeError(f"the sweeps ended with {run.returncode}")
     found = json.loads(run.stdout)
     return figures(_ROWS, Sweeps(**found["many"]), [Sweeps(**each) for each in found["alone"]], _STALE)
 

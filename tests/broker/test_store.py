@@ -10,6 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 from tests.broker.helpers import start_call, statuses, view
 from wakecall import BrokerConfig, LLMSpec, MemoryStore, Status, StoreError, open_broker
 from wakecall.errors import StoreUnavailable
+from wakecall.models import LLM, Batch, SessionRecord
 from wakecall.testing import FakePublisher, open_test_broker
 
 ACTIVE, HIBERNATING, INACTIVE = Status.ACTIVE, Status.HIBERNATING, Status.INACTIVE
@@ -309,6 +310,29 @@ async def test_a_start_says_in_one_word_that_all_that_was_live_is_lost(autojump_
         store.batches.clear()
         await broker.heartbeat("laptop")
         assert [batch.lost_at for batch in store.batches] == [None]
+
+
+@pytest.mark.parametrize("what", ["rows", "sessions"])
+async def test_a_start_that_has_much_to_read_lets_everybody_else_run(autojump_clock, what):
+    store = FakeStore()
+    rows = {f"m{n}": LLM(f"m{n}", "local", ACTIVE, 0.0, 0.0) for n in range(6000)}
+    sessions = {f"s{n}": SessionRecord(f"s{n}", "local", 0.0, 0.0) for n in range(6000)}
+    await store.write(Batch(llms=rows) if what == "rows" else Batch(sessions=sessions))
+    loaded = trio.Event()
+    turns = 0
+
+    async def count_turns():
+        nonlocal turns
+        while not loaded.is_set():
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count_turns)
+        async with open_broker(store) as broker:
+            loaded.set()
+            assert len(broker.llms() if what == "rows" else broker.session_views()) == 6000
+    assert turns >= 5
 
 
 async def test_a_row_that_was_live_by_a_clock_ahead_of_ours_is_stored_as_it_is_held(autojump_clock):

@@ -42,7 +42,7 @@ LAYERS = {
     "broker": Layer(
         "broker core publishing operating session wake task channel directory dispatch journal local registry access"
         " keyring upload views naming accounting hosting"
-        " bytestream deadlines waking stopping infers placing waiting",
+        " bytestream deadlines waking loading stopping infers placing waiting",
         "pure store",
         "trio",
     ),

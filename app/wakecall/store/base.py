@@ -26,7 +26,7 @@ class Store(Protocol):
         """All rows and aliases, by name, and all sessions and keys, by id."""
 
     async def write(self, batch: Batch) -> None:
-        """Commit a batch whole; when it returns, the batch outlives the process."""
+        """Commit a batch whole, its `lost_at` first; when it returns, the batch outlives the process."""
 
     async def rows_of_session(self, session_id: str) -> tuple[LLM, ...]:
         """The rows of a session, by name."""
