@@ -177,7 +177,7 @@ class Broker(Publishing, Operating):
         while True:
             await trio.sleep(self.config.sweep_interval_s)
             try:
-                self._registry.sweep_nowait()  # a store that hangs must not keep dead rows alive
+                await self._registry.sweep()  # without its commit: a store that hangs must not keep dead rows alive
                 self._accounting.expire_nowait()
             except Exception as error:
                 logger.error("a sweep failed: %s", stacks_of(error))
@@ -206,8 +206,8 @@ async def open_broker(
     cells = await store.usage_cells(hour_of(Clock().now()))
     body_error: Exception | None = None
     async with trio.open_nursery() as nursery:
-        broker = Broker(store, BrokerConfig() if config is None else config, snapshot, nursery, upstream)
-        broker._accounting.load(cells)
+        broker = Broker(store, BrokerConfig() if config is None else config, nursery, upstream)
+        await broker._load(snapshot, cells)
         nursery.start_soon(broker._journal.run)
         nursery.start_soon(broker._accounting.run)
         nursery.start_soon(broker._directory.waiting_deadlines.run)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import trio
 
-from . import views
+from . import loading, views
 from .access import Access
 from .accounting import Accounting
 from .config import BrokerConfig
@@ -17,6 +17,7 @@ from .errors import ModelNotFound
 from .faults import stacks_of
 from .hosting import Host, Upstream
 from .journal import Journal
+from .ledger import CellKey, Usage
 from .models import Event, Snapshot, Statistics
 from .naming import Naming
 from .registry import Registry
@@ -37,7 +38,6 @@ class Core:
         self,
         store: Store,
         config: BrokerConfig,
-        snapshot: Snapshot,
         nursery: trio.Nursery,
         upstream: Upstream | None = None,
     ) -> None:
@@ -51,8 +51,6 @@ class Core:
         self._access = Access(self._directory, self._dispatcher, self._registry)
         self._naming = Naming(self._directory, self._dispatcher, self._registry)
         self._accounting = Accounting(self._directory, store)
-        self._directory.load(snapshot)
-        self._access.load()
         self.add_observer(self._accounting.observe)
         self._host: Host | None = None
         if upstream is not None:
@@ -64,6 +62,12 @@ class Core:
                 on_room=self._registry.pump_rows,
                 nursery=lambda: self._nursery,
             )
+
+    async def _load(self, snapshot: Snapshot, cells: dict[CellKey, Usage]) -> None:
+        """Take what the store holds, once, before anybody else has this broker."""
+        await loading.load(self._directory, snapshot)
+        self._access.load()
+        self._accounting.load(cells)
 
     # How it stands --------------------------------------------------------------------------------------------------
 

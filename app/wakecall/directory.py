@@ -14,7 +14,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import trio
@@ -22,13 +22,14 @@ import trio
 from . import lifecycle
 from .config import BrokerConfig
 from .deadlines import Deadline, Deadlines
+from .drafts import changed_llm, changed_session
 from .errors import TooMany
 from .fairness import FairLine, Lane
 from .health import Health
 from .journal import Journal
 from .keyring import Caller, Keyring
 from .lifecycle import RowEvent
-from .models import LLM, Alias, Event, Key, Kind, SessionRecord, Snapshot, Status
+from .models import LLM, Alias, Event, Key, Kind, SessionRecord, Status
 from .session import Session
 from .stopping import Stopping
 from .task import Infer, Outcome
@@ -73,6 +74,9 @@ class Pool:
 class Row:
     """A row at work: its record, its pool, what it has in flight and how it has been doing.
 
+    Its pool, if it has none with a name, and its health are made when somebody first asks for them: most rows of a broker
+    that has just started, or has very many, are never asked.
+
     Attributes:
         in_flight: infers that it works on.
         stopping: slots of infers that are over and whose engine has not stopped, as far as is known.
@@ -82,11 +86,11 @@ class Row:
     """
 
     __slots__ = (
-        "health",
+        "_health",
+        "_pool",
         "in_flight",
         "last_sent_at",
         "llm",
-        "pool",
         "session",
         "stopping",
         "wake",
@@ -97,22 +101,55 @@ class Row:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self.pool = Pool(None, llm.owner)
-        self.pool.rows[llm.name] = self
+        self._pool: Pool | None = None
+        self._health: Health | None = None
         self.session: Session | None = None
         self.in_flight = 0
         self.stopping = 0
         self.wake: Wake | None = None
-        self.health: Final = Health()
         self.yielding = False
         self.wanted = False
         self.woken_at = -math.inf
         self.last_sent_at = -math.inf
 
     @property
+    def pool(self) -> Pool:
+        pool = self._pool
+        if pool is None:
+            pool = self._pool = Pool(None, self.llm.owner)
+            pool.rows[self.llm.name] = self
+        return pool
+
+    @property
+    def pool_if_made(self) -> Pool | None:
+        """None: nobody has asked for it, so nobody waits in it, either."""
+        return self._pool
+
+    @property
+    def health(self) -> Health:
+        health = self._health
+        if health is None:
+            health = self._health = Health()
+        return health
+
+    @property
     def waiting(self) -> int:
         """How many wait for it by name."""
-        return self.pool.line.count(self.llm.name)
+        return 0 if self._pool is None else self._pool.line.count(self.llm.name)
+
+    def join(self, pool: Pool) -> None:
+        """It is in this pool, and was in none with a name."""
+        self._pool = pool
+        pool.rows[self.llm.name] = self
+
+    def leave(self) -> Pool:
+        """It is in none with a name any more. Returns where it was.
+
+        Of a row that goes there must be no circle left: in a process that has frozen its start it would stay for ever.
+        """
+        pool, self._pool = self.pool, None
+        del pool.rows[self.llm.name]
+        return pool
 
 
 class Target(NamedTuple):
@@ -157,10 +194,6 @@ class Settled(NamedTuple):
     at: float
 
 
-def _past(instant: float | None, now: float) -> float | None:
-    return None if instant is None else min(instant, now)
-
-
 class Directory:
     def __init__(self, config: BrokerConfig, journal: Journal) -> None:
         self.config: Final = config
@@ -185,60 +218,19 @@ class Directory:
         self.stopping = False
         self.observers: list[Callable[[Event], None]] = []
 
-    def load(self, snapshot: Snapshot) -> None:
-        """Take what a store held. Nothing is active until its publisher is back; retention goes on."""
-        now = self.clock.now()
-        for key in snapshot.keys:
-            self.keyring.add(key)
-            self.keyring.close()
-        self.aliases = {alias.name: alias for alias in snapshot.aliases}
-        # No instant is ahead of our clock, or what stands behind it in its list would wait for it.
-        sessions = [
-            replace(
-                record,
-                last_heartbeat_at=min(record.last_heartbeat_at, now),
-                unused_since=_past(record.unused_since, now),
-            )
-            for record in snapshot.sessions
-        ]
-        for record in sorted(sessions, key=lambda s: now if s.unused_since is None else s.unused_since):
-            session = Session(record)
-            self.sessions[record.session_id] = session
-            self.owned[record.owner] = self.owned.get(record.owner, 0) + 1
-        rows = []
-        for llm in snapshot.llms:
-            # A file that somebody wrote to by hand must not stop every sweep.
-            lacks_instant = llm.status is Status.INACTIVE and llm.inactive_since is None
-            llm = replace(
-                llm,
-                last_heartbeat_at=min(llm.last_heartbeat_at, now),
-                inactive_since=now if lacks_instant else _past(llm.inactive_since, now),
-            )
-            row = Row(llm)
-            rows.append(row)
-            self.rows[llm.name] = row
-            self._count_row(llm, 1)
-            self._join_pool(row)
-            holder = None if llm.session_id is None else self.sessions.get(llm.session_id)
-            # A session's id is free once it has left, and its next owner has nothing to do with the rows that it left.
-            if holder is not None and holder.record.owner == llm.owner:
-                row.session = holder
-                holder.rows[llm.name] = row
-        # Those that were inactive before come first in the order of retirement; the rest are inactive from now on.
-        rows.sort(key=lambda r: now if r.llm.inactive_since is None else r.llm.inactive_since)
-        for row in rows:
-            if row.llm.kind is not Kind.VIRTUAL:
-                continue
-            if row.llm.status is Status.INACTIVE:
-                self.inactive[row.llm.name] = row
-            else:
-                self.live[row.llm.name] = row
-                self.step(row, RowEvent.LOST)
-        for session in self.sessions.values():
-            self.detach_longest_withdrawn(session)
-            self.review_unused(session)
-
     # Rows
+
+    def place_row(self, llm: LLM) -> Row:
+        """A row that a store held, with its pool; it is in no list yet."""
+        row = self.rows[llm.name] = Row(llm)
+        self._count_row(llm, 1)
+        self._join_pool(row)
+        holder = None if llm.session_id is None else self.sessions.get(llm.session_id)
+        # A session's id is free once it has left, and its next owner has nothing to do with the rows that it left.
+        if holder is not None and holder.record.owner == llm.owner:
+            row.session = holder
+            holder.rows[llm.name] = row
+        return row
 
     def add_row(self, llm: LLM, session: Session | None) -> Row:
         """A row that was not there."""
@@ -279,19 +271,15 @@ class Directory:
         pool = self.pools.get(name)
         if pool is None:
             pool = self.pools[name] = Pool(name, row.llm.owner)
-        row.pool = pool
-        pool.rows[row.llm.name] = row
+        row.join(pool)
 
     def _leave_pool(self, row: Row) -> None:
         """Take a row out of its pool; a pool without rows is no more."""
-        pool = row.pool
-        del pool.rows[row.llm.name]
+        pool = row.leave()
         if not pool.rows:
             self._disarm_probe(pool)
             if pool.name is not None and self.pools.get(pool.name) is pool:
                 del self.pools[pool.name]
-        row.pool = Pool(None, row.llm.owner)
-        row.pool.rows[row.llm.name] = row
 
     def _disarm_probe(self, pool: Pool) -> None:
         if pool.probe is not None:
@@ -300,8 +288,13 @@ class Directory:
 
     def disarm_probes(self) -> None:
         """The broker closes: nothing is tried again."""
-        for row in self.rows.values():
-            self._disarm_probe(row.pool)
+        for pool in self.pools_made():
+            self._disarm_probe(pool)
+
+    def pools_made(self) -> Iterable[Pool]:
+        """All pools in which somebody may wait, those without a name too, by the first of their rows."""
+        pools = (row.pool_if_made for row in self.rows.values())
+        return {id(pool): pool for pool in pools if pool is not None}.values()
 
     def move_row(self, row: Row, name: str | None) -> Pool:
         """A row is in another pool from now on, or in none. Returns the one that it has left.
@@ -310,7 +303,7 @@ class Directory:
         """
         before = row.pool
         self._leave_pool(row)
-        row.llm = replace(row.llm, pool=name)
+        row.llm = changed_llm(row.llm, pool=name)
         self._join_pool(row)
         return before
 
@@ -333,7 +326,7 @@ class Directory:
 
     def change_row(self, row: Row, **changes: Any) -> None:
         """Change fields other than status."""
-        row.llm = replace(row.llm, **changes)
+        row.llm = changed_llm(row.llm, **changes)
         if "last_heartbeat_at" in changes and row.llm.name in self.live:
             self.live.move_to_end(row.llm.name)
         self.journal.put_row(row.llm.name, row.llm)
@@ -439,7 +432,7 @@ class Directory:
         return session
 
     def change_session(self, session: Session, **changes: Any) -> None:
-        session.record = replace(session.record, **changes)
+        session.record = changed_session(session.record, **changes)
         self.journal.put_session(session.record.session_id, session.record)
 
     def remove_session(self, session: Session) -> None:
@@ -452,7 +445,7 @@ class Directory:
             del self.owned[owner]
         for row in session.rows.values():
             row.session = None
-        for task_id in session.settled or ():
+        for task_id in session.settled:
             del self.settled[task_id]
         self.journal.put_session(session_id, None)
 
@@ -511,7 +504,8 @@ class Directory:
         if self.sessions.get(session.record.session_id) is not session:
             return
         self.settled[task_id] = Settled(session.record.owner, by_publisher, now)
-        if (settled := session.settled) is None:
+        settled = session.settled
+        if isinstance(settled, tuple):
             settled = session.settled = deque()
         settled.append(task_id)
         horizon = now - self.config.settled_memory_s

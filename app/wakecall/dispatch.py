@@ -63,8 +63,9 @@ class Dispatcher(Infers):
 
     def welcome(self, row: Row) -> None:
         """A row has come: those who wait for its pool are its own too."""
-        if row.pool.line:
-            self.review_phases(row.pool, row)
+        pool = row.pool_if_made
+        if pool is not None and pool.line:
+            self.review_phases(pool, row)
             self.pump(row)
 
     def lose_tasks(self, channel: Channel, *, shutdown: bool = False) -> int:
@@ -102,8 +103,8 @@ class Dispatcher(Infers):
 
     def refuse_all_waiting(self, error: type[WakecallError]) -> None:
         """Fail all who wait, for whatever row."""
-        for row in list(self._directory.rows.values()):
-            for infer in list(row.pool.line):
+        for pool in self._directory.pools_made():
+            for infer in list(pool.line):
                 self.settle(infer, "failed", error())
 
     def fail_row(self, row: Row, message: str = "The model was deleted while it worked on this request.") -> None:

@@ -80,6 +80,7 @@ class Journal:
         self._aliases: dict[str, Alias | None] = {}
         self._usage: dict[CellKey, Usage] = {}
         self._usage_before = 0
+        self._lost_at: float | None = None
         self._next: Commit | None = None
         self._work = trio.Event()
         self._writing = trio.Lock()
@@ -90,6 +91,13 @@ class Journal:
     def put_row(self, name: str, llm: LLM | None) -> None:
         """A row is now so; None: it is gone."""
         self._llms[name] = llm
+        self._work.set()
+
+    def lose_rows(self, at: float) -> None:
+        """Whatever the store holds as live was lost at this instant. It comes before all that is put here, so only who has
+        put nothing yet may say it."""
+        assert not self._llms
+        self._lost_at = at
         self._work.set()
 
     def put_session(self, session_id: str, session: SessionRecord | None) -> None:
@@ -156,10 +164,12 @@ class Journal:
     async def _flush(self) -> None:
         """Commit once what has gathered. A failure is kept for the next time."""
         self._work = trio.Event()
-        batch = Batch(self._llms, self._sessions, self._keys, self._aliases, self._usage, self._usage_before)
+        batch = Batch(
+            self._llms, self._sessions, self._keys, self._aliases, self._usage, self._usage_before, self._lost_at
+        )
         commit, self._next = self._next, None
         self._llms, self._sessions, self._keys, self._aliases = {}, {}, {}, {}
-        self._usage, self._usage_before = {}, 0
+        self._usage, self._usage_before, self._lost_at = {}, 0, None
         error: StoreError | None = StoreError("the broker closed before the store had answered")
         self._writing_since = trio.current_time()
         try:
@@ -185,6 +195,7 @@ class Journal:
                 self._aliases = batch.aliases | self._aliases
                 self._usage = batch.usage | self._usage
                 self._usage_before = max(batch.usage_before, self._usage_before)
+                self._lost_at = batch.lost_at
                 self._work.set()
             elif not self._last_went_well:
                 logger.warning("the store is well again")

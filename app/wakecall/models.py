@@ -392,7 +392,9 @@ class Statistics:
 class Batch:
     """Changes that are committed together: the last state of each row, session, key and alias, None where it is gone.
 
-    `usage`: cells as they stand. Those of hours before `usage_before` are gone.
+    `lost_at`: before all else every live virtual row that the store holds has become inactive, as of this instant, and
+    remembers what it was; None: nothing of the kind. `usage`: cells as they stand. Those of hours before `usage_before` are
+    gone.
     """
 
     llms: dict[str, LLM | None] = field(default_factory=dict)
@@ -401,6 +403,7 @@ class Batch:
     aliases: dict[str, Alias | None] = field(default_factory=dict)
     usage: dict[CellKey, Usage] = field(default_factory=dict)
     usage_before: int = 0
+    lost_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -281,7 +281,7 @@ class Operating(Core):
         Raises:
             StoreUnavailable: it is done, but not committed yet.
         """
-        report = self._registry.sweep_nowait()
+        report = await self._registry.sweep()
         if report.inactivated or report.deleted:
             await self._journal.commit().wait()
         return report

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from itertools import islice
 from typing import Final
 
 import trio
@@ -17,6 +17,7 @@ import trio
 from . import lifecycle, sweep
 from .directory import Directory, Row
 from .dispatch import Dispatcher
+from .drafts import changed_llm
 from .errors import (
     InvalidRequest,
     LLMIsPublic,
@@ -50,6 +51,7 @@ from .models import (
     is_llm_name,
 )
 from .session import Channel, Session, run_session
+from .sweep import SweepDecision
 
 __all__ = ["Registry"]
 
@@ -58,6 +60,9 @@ _REPORT: Final = {Status.ACTIVE: RowEvent.REPORT_ACTIVE, Status.HIBERNATING: Row
 
 #: The largest that a row may name (protocol.md, Register).
 _MAX_CONCURRENCY: Final = 100_000
+
+#: Rows, sessions and infers that one step of a sweep may end: a millisecond or two. What hangs on one channel ends at once.
+_SWEPT_AT_ONCE: Final = 64
 
 logger = logging.getLogger("wakecall.broker")
 
@@ -341,7 +346,8 @@ class Registry:
         was_current = session.channel is channel
         if was_current:
             session.channel = None
-            session.leaving = channel
+            # (Where the whole broker is cancelled it has been joined before it ends.)
+            session.leaving = None if channel.joined.is_set() else channel
         elif session.pending is channel:
             session.pending = None
         channel.close(reason)
@@ -380,41 +386,64 @@ class Registry:
 
     # Sweeping -------------------------------------------------------------------------------------------------------
 
-    def sweep_nowait(self) -> SweepReport:
-        """One pass. See `Broker.sweep`."""
-        directory, now = self._directory, self._directory.clock.now()
-        decision = sweep.decide(
-            (row.llm for row in directory.live.values()),
-            (row.llm for row in directory.inactive.values()),
-            (session.record for session in directory.unused.values()),
+    async def sweep(self) -> SweepReport:
+        """One pass, a few rows at a time: what else runs here must not wait for all of them. See `Broker.sweep`."""
+        now = self._directory.clock.now()
+        inactivated: list[str] = []
+        deleted: list[str] = []
+        decision = self._decide_sweep(now)
+        while decision.stale or decision.expired or decision.unused:
+            self._retire(decision, inactivated, deleted)
+            decision = self._decide_sweep(now)
+            if decision.stale or decision.expired or decision.unused:
+                await trio.lowlevel.checkpoint()
+                decision = self._decide_sweep(now)  # some of them may have come back, or be gone
+        return SweepReport(tuple(inactivated), tuple(deleted))
+
+    def _decide_sweep(self, now: float) -> SweepDecision:
+        """What the next step of a pass has to do, if it does not come to be too much."""
+        directory = self._directory
+        return sweep.decide(
+            (row.llm for row in islice(directory.live.values(), _SWEPT_AT_ONCE)),
+            (row.llm for row in islice(directory.inactive.values(), _SWEPT_AT_ONCE)),
+            (session.record for session in islice(directory.unused.values(), _SWEPT_AT_ONCE)),
             now=now,
             heartbeat_timeout_s=self._config.heartbeat_timeout_s,
             inactive_retention_s=self._config.inactive_retention_s,
             deletes=now >= self._deletes_from,
         )
-        inactivated: list[str] = []
+
+    def _retire(self, decision: SweepDecision, inactivated: list[str], deleted: list[str]) -> None:
+        """Do it, at least the first of it, and tell what has been done."""
+        directory = self._directory
+        room = _SWEPT_AT_ONCE
         for name in decision.stale:
             row = directory.rows[name]
             if row.llm.status is Status.INACTIVE:
                 continue  # lost with its channel, a moment ago
             session = row.session
-            siblings = [row] if session is None else list(session.rows.values())
-            live = [each for each in siblings if each.llm.status is not Status.INACTIVE]
+            live = [row]
             if session is not None and session.channel is not None:
-                # A publisher that does not heartbeat is gone, whatever its connection says: with it go all its rows.
+                # A publisher that does not heartbeat is gone, whatever its connection says: with it go all its rows, and
+                # all that it was at.
+                live = [each for each in session.rows.values() if each.llm.status is not Status.INACTIVE]
+                room -= len(session.channel.tasks)
                 self.end_channel(session.channel, "stale")
             else:
-                live = [row]
                 self._dispatcher.step(row, RowEvent.LOST)
             inactivated += [each.llm.name for each in live if each.llm.status is Status.INACTIVE]
-        for name in decision.expired:
+            room -= len(live)
+            if room <= 0:
+                return
+        for name in decision.expired[:room]:
             row = directory.rows[name]
             lifecycle.step(lifecycle.state_of(row.llm), RowEvent.EXPIRED)
             self.remove_row(row)
-        for session_id in decision.unused:
+            deleted.append(name)
+        room -= len(decision.expired)
+        for session_id in decision.unused[: max(room, 0)]:
             directory.remove_session(directory.sessions[session_id])
             directory.notify(SessionEvent("expired", session_id, 0))
-        return SweepReport(tuple(inactivated), decision.expired)
 
     # Operators ------------------------------------------------------------------------------------------------------
 
@@ -434,7 +463,7 @@ class Registry:
             raise LLMIsVirtual
         if row is None:
             llm = LLM(name, LOCAL_OWNER, Status.ACTIVE, created_at=now, last_heartbeat_at=now, kind=Kind.PUBLIC)
-            directory.add_row(replace(_described(llm, spec, None), url=url, key_env=key_env), None)
+            directory.add_row(changed_llm(_described(llm, spec, None), url=url, key_env=key_env), None)
         else:
             row.llm = _described(row.llm, spec, None)
             directory.change_row(row, url=url, key_env=key_env)
@@ -457,7 +486,7 @@ class Registry:
 
 def _described(llm: LLM, spec: LLMSpec, session_id: str | None) -> LLM:
     """The record with what a register says of it, status apart."""
-    return replace(
+    return changed_llm(
         llm,
         session_id=session_id,
         type=spec.type,

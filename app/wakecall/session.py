@@ -55,7 +55,7 @@ class Session:
         self.turn = 0  # which of its rows is the first to send when there is room again
         self.turns: dict[str, Deadline] = {}  # when a group is to be looked at again
         # Ids of its ended tasks, oldest first; made with the first, for an empty deque holds more than all else here.
-        self.settled: deque[str] | None = None
+        self.settled: deque[str] | tuple[()] = ()
 
 
 class Channel:

@@ -83,9 +83,7 @@ def view_tasks(directory: Directory, place_of: Callable[[Infer], tuple[int, floa
         else:
             sent: Literal["sent", "answering"] = "sent" if task.first_byte_at is None else "answering"
             found.append(TaskView(task.task_id, "infer", name, session_id, sent, now - task.accepted_at))
-    waiting = [
-        infer for pool in {id(row.pool): row.pool for row in directory.rows.values()}.values() for infer in pool.line
-    ]
+    waiting = [infer for pool in directory.pools_made() for infer in pool.line]
     for infer in sorted(waiting, key=lambda infer: infer.accepted_at):
         assert infer.pool is not None
         state: Literal["waking", "queued"] = "waking" if infer.phase == "wake" else "queued"

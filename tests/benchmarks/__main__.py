@@ -12,7 +12,7 @@ from . import growth, tool
 from .report import Figure, as_json, as_markdown, machine, summarise
 
 #: Modules with `GROUP` and `measure(seconds)`; each round goes through all of them.
-MODULES = ("traffic", "pace", "heartbeats", "memory", "death", "wakes")
+MODULES = ("traffic", "pace", "heartbeats", "memory", "death", "wakes", "sweeps", "start", "core")
 #: Those that `--peers` adds.
 PEER_MODULES = ("peers",)
 

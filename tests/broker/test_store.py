@@ -1,5 +1,6 @@
 """The way to the store: what is acknowledged is committed, what fails is repeated, and no infer ever waits for it."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 from tests.broker.helpers import start_call, statuses, view
 from wakecall import BrokerConfig, LLMSpec, MemoryStore, Status, StoreError, open_broker
 from wakecall.errors import StoreUnavailable
+from wakecall.models import LLM, Batch, SessionRecord
 from wakecall.testing import FakePublisher, open_test_broker
 
 ACTIVE, HIBERNATING, INACTIVE = Status.ACTIVE, Status.HIBERNATING, Status.INACTIVE
@@ -278,6 +280,72 @@ async def publisher_says(publisher, broker):
     with pytest.raises(StoreUnavailable):
         await publisher.register(["qwen", "new"])
     assert view(broker, "new").routable
+
+
+async def test_a_start_says_in_one_word_that_all_that_was_live_is_lost(autojump_clock):
+    """Not row by row: with very many of them the store would be busy for seconds, and what waits to be written full. It is
+    said until it is down, under all that was decided since."""
+    store = FakeStore()
+    async with (
+        open_test_broker(store=store) as broker,
+        FakePublisher(broker, "laptop", ["qwen"]),
+        FakePublisher(broker, "desk", [LLMSpec("phi", status=HIBERNATING)]),
+    ):
+        held = dict(store._llms)
+    store._llms = held
+    store.batches.clear()
+    store.failing = True
+    async with open_test_broker(store=store) as broker:
+        started = broker.now()
+        await wait_all_tasks_blocked()
+        assert [(batch.lost_at, batch.llms) for batch in store.batches] == [(started, {})]
+        with pytest.raises(StoreUnavailable):
+            await broker.register("laptop", [LLMSpec("qwen")])
+        assert store.held() == {"qwen": ACTIVE, "phi": HIBERNATING}
+        store.failing = False
+        await trio.sleep(6)
+        assert store.held() == {"qwen": ACTIVE, "phi": INACTIVE}
+        assert store._llms["phi"] == view(broker, "phi").llm
+        assert store._llms["phi"].inactive_since == started
+        store.batches.clear()
+        await broker.heartbeat("laptop")
+        assert [batch.lost_at for batch in store.batches] == [None]
+
+
+@pytest.mark.parametrize("what", ["rows", "sessions"])
+async def test_a_start_that_has_much_to_read_lets_everybody_else_run(autojump_clock, what):
+    store = FakeStore()
+    rows = {f"m{n}": LLM(f"m{n}", "local", ACTIVE, 0.0, 0.0) for n in range(6000)}
+    sessions = {f"s{n}": SessionRecord(f"s{n}", "local", 0.0, 0.0) for n in range(6000)}
+    await store.write(Batch(llms=rows) if what == "rows" else Batch(sessions=sessions))
+    loaded = trio.Event()
+    turns = 0
+
+    async def count_turns():
+        nonlocal turns
+        while not loaded.is_set():
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count_turns)
+        async with open_broker(store) as broker:
+            loaded.set()
+            assert len(broker.llms() if what == "rows" else broker.session_views()) == 6000
+    assert turns >= 5
+
+
+async def test_a_row_that_was_live_by_a_clock_ahead_of_ours_is_stored_as_it_is_held(autojump_clock):
+    store = FakeStore()
+    async with open_test_broker(store=store) as broker, FakePublisher(broker, "laptop", ROWS):
+        held = dict(store._llms)
+        ahead = broker.now() + 1e6
+    store._llms = {**held, "qwen": replace(held["qwen"], last_heartbeat_at=ahead)}
+    async with open_test_broker(store=store) as broker:
+        await wait_all_tasks_blocked()
+        for name in ("qwen", "phi"):
+            assert store._llms[name] == view(broker, name).llm
+        assert view(broker, "qwen").llm.last_heartbeat_at == broker.now()
 
 
 async def test_what_a_store_holds_must_be_readable(autojump_clock):

@@ -1,12 +1,16 @@
 """90 s without a heartbeat: inactive; 4 h inactive: deleted. And what a restart makes of what a store holds."""
 
+import gc
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import trio
 
 from tests.broker.helpers import CALL, start_call, statuses, view
 from wakecall import BrokerConfig, LLMSpec, MemoryStore, Status
+from wakecall.directory import Row
 from wakecall.errors import ModelOffline
 from wakecall.models import Batch, SessionRecord
 from wakecall.testing import FakePublisher, open_test_broker
@@ -102,6 +106,119 @@ async def test_a_row_is_deleted_four_hours_after_it_went_inactive_and_not_before
         assert report(await broker.sweep()) == ((), ("qwen",))
         assert broker.llms() == []
         assert report(await broker.sweep()) == NOTHING
+
+
+async def register_many(broker, sessions, rows):
+    for number in range(sessions):
+        await broker.register(f"s{number}", [LLMSpec(f"{number}/{row}") for row in range(rows)])
+
+
+@asynccontextmanager
+async def looking_on(look):
+    """Whoever else runs here: he looks each time that it is his turn. Yields what he saw."""
+    seen = [look()]
+
+    async def keep_looking():
+        while True:
+            seen.append(look())
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_looking)
+        yield seen
+        seen.append(look())
+        nursery.cancel_scope.cancel()
+
+
+def assert_went_by_and_by(seen):
+    """From 400 to none. Which of two tasks is first in a turn of Trio's is chance, so two looks may be two steps apart."""
+    assert (seen[0], seen[-1]) == (400, 0)
+    assert max(before - after for before, after in pairwise(seen)) <= 2 * 70
+
+
+@pytest.mark.parametrize("with_channels", [False, True])
+async def test_a_sweep_of_many_rows_lets_everybody_else_run(mock_clock, with_channels):
+    """A few rows a step, or those of one session whose channel ends; and the report is of all of them."""
+    config = BrokerConfig(sweep_interval_s=1e9, peer_stall_s=1e9)
+    async with open_test_broker(config) as broker, AsyncExitStack() as stack:
+        await register_many(broker, 40, 10)
+        if with_channels:
+            for number in range(40):
+                await stack.enter_async_context(broker.open_channel(f"s{number}"))
+            await trio.testing.wait_all_tasks_blocked()
+        names = [row.llm.name for row in broker._directory.live.values()]
+        assert len(names) == 400
+        mock_clock.jump(91)
+        async with looking_on(lambda: len(broker._directory.live)) as seen:
+            assert report(await broker.sweep()) == (tuple(names), ())
+        assert_went_by_and_by(seen)
+        mock_clock.jump(4 * 3600)
+        async with looking_on(lambda: len(broker._directory.rows)) as seen:
+            assert report(await broker.sweep()) == ((), tuple(names))
+        assert_went_by_and_by(seen)
+
+
+async def test_sessions_that_nobody_uses_are_forgotten_a_few_at_a_time(mock_clock):
+    async with open_test_broker(BY_HAND) as broker:
+        await register_many(broker, 400, 0)
+        mock_clock.jump(4 * 3600)
+        async with looking_on(lambda: len(broker._directory.sessions)) as seen:
+            await broker.sweep()
+        assert_went_by_and_by(seen)
+
+
+async def test_whoever_comes_back_during_a_sweep_is_not_retired_by_it(mock_clock):
+    """A heartbeat and a deletion, between two steps."""
+    async with open_test_broker(BY_HAND) as broker:
+        await register_many(broker, 200, 1)
+        mock_clock.jump(91)
+
+        def come_back():
+            if len(broker._directory.live) < 200 and not came:
+                came.append("back")
+                broker._registry.heartbeat_nowait("s199", {}, (), "local")
+                broker._registry.delete_llm_nowait("198/0")
+
+        came = []
+        async with looking_on(come_back):
+            swept = await broker.sweep()
+        assert came
+        assert broker.llm("199/0").status is ACTIVE
+        assert swept.inactivated == tuple(f"{number}/0" for number in range(198))
+        assert report(await broker.sweep()) == NOTHING
+
+
+async def test_two_sweeps_at_once_retire_each_row_once(mock_clock):
+    async with open_test_broker(BY_HAND) as broker:
+        await register_many(broker, 200, 1)
+        mock_clock.jump(91)
+        reports = []
+
+        async def sweep():
+            reports.append(await broker.sweep())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sweep)
+            nursery.start_soon(sweep)
+        assert sorted(name for each in reports for name in each.inactivated) == sorted(statuses(broker))
+
+
+@pytest.mark.parametrize("pool", [None, "big"])
+async def test_a_deleted_row_leaves_no_circle_behind(autojump_clock, pool):
+    """`serve` has the collector pass by what was there at its start, so what goes later has to go by itself."""
+    store = MemoryStore()
+    async with open_test_broker(BY_HAND, store) as broker:
+        await broker.register("laptop", [LLMSpec("qwen", pool=pool), LLMSpec("phi", pool=pool)])
+    async with open_test_broker(BY_HAND, store) as broker:
+        # Asked for its pool, as whoever calls it would.
+        ids = {id(row) for row in broker._directory.rows.values() if row.pool.rows}
+        await trio.sleep(4 * 3600 + 1)
+        gc.disable()
+        try:
+            assert report(await broker.sweep()) == ((), ("phi", "qwen"))
+            assert [each.llm.name for each in gc.get_objects() if type(each) is Row and id(each) in ids] == []
+        finally:
+            gc.enable()
 
 
 async def test_heartbeats_do_not_keep_a_withdrawn_row_from_being_deleted(autojump_clock):

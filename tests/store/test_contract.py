@@ -36,6 +36,7 @@ from tests.store.records import (
     tables,
     texts,
 )
+from wakecall import lifecycle
 from wakecall.ledger import CellKey, Usage
 from wakecall.models import LLM, Alias, Batch, Key, Kind, SessionRecord, Snapshot, Status
 from wakecall.store import Store
@@ -173,6 +174,27 @@ async def test_a_batch_that_is_written_again_changes_nothing(open_store: OpenSto
         assert [each.session_id for each in once.sessions] == ["kept", "new"]
         assert [each.key_id for each in once.keys] == ["kept", "new"]
         assert [each.name for each in once.aliases] == ["kept", "new"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=tables, batch=batches, at=instants)
+@pytest.mark.parametrize("open_store", OPENERS.values(), ids=OPENERS.keys())
+def test_what_was_live_is_lost_before_all_else(open_store: OpenStore, rows: list[LLM], batch: Batch, at: float) -> None:
+    """As the lifecycle's table has it, and no other field is touched; what the batch says of a row itself comes after."""
+
+    async def use(store: Store) -> None:
+        await store.write(batch_of(rows))
+        await store.write(replace(batch, lost_at=at))
+        expected: dict[str, LLM | None] = {}
+        for row in rows:
+            if row.kind is Kind.VIRTUAL and row.status is not INACTIVE:
+                after = lifecycle.step(lifecycle.RowState(row.status), lifecycle.RowEvent.LOST)
+                row = replace(row, status=after.status, remembers=after.remembers, inactive_since=at)
+            expected[row.name] = row
+        expected |= batch.llms
+        assert (await store.load()).llms == tuple(row for _, row in sorted(expected.items()) if row is not None)
+
+    in_new_store(open_store, use)
 
 
 async def test_an_empty_batch_is_fine(open_store: OpenStore, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ LAYERS = {
     # Decisions and data: no Trio, no I/O, no clock.
     "pure": Layer(
         "lifecycle placement sweep frames models errors config addresses keys limits faults fairness health usage ledger"
-        " rewrite",
+        " rewrite drafts",
         "",
         "",
     ),
@@ -42,10 +42,10 @@ LAYERS = {
     "store": Layer("store store.*", "pure", "trio"),
     # Trio, but neither HTTP nor SQL nor a socket.
     "broker": Layer(
-        "taskids "
-        "broker core publishing operating session wake task channel directory dispatch journal local registry access"
+        "taskids"
+        " broker core publishing operating session wake task channel directory dispatch journal local registry access"
         " keyring upload views naming accounting hosting"
-        " bytestream deadlines waking stopping infers placing waiting results",
+        " bytestream deadlines waking loading stopping infers placing waiting results",
         "pure records store",
         "trio",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ..drafts import changed_llm
 from ..ledger import CellKey, Usage, UsageBy
 from ..models import LLM, Alias, Batch, Key, Kind, SessionRecord, Snapshot, Status
 
@@ -25,7 +26,7 @@ class Store(Protocol):
         """All rows and aliases, by name, and all sessions and keys, by id."""
 
     async def write(self, batch: Batch) -> None:
-        """Commit a batch whole; when it returns, the batch outlives the process."""
+        """Commit a batch whole, its `lost_at` first; when it returns, the batch outlives the process."""
 
     async def rows_of_session(self, session_id: str) -> tuple[LLM, ...]:
         """The rows of a session, by name."""
@@ -65,11 +66,17 @@ class MemoryStore:
         )
 
     async def write(self, batch: Batch) -> None:
-        for name, llm in batch.llms.items():
-            if llm is None:
+        if batch.lost_at is not None:
+            for name, llm in self._llms.items():
+                if llm.kind is Kind.VIRTUAL and llm.status is not Status.INACTIVE:
+                    self._llms[name] = changed_llm(
+                        llm, status=Status.INACTIVE, remembers=llm.status, inactive_since=batch.lost_at
+                    )
+        for name, change in batch.llms.items():
+            if change is None:
                 self._llms.pop(name, None)
             else:
-                self._llms[name] = llm
+                self._llms[name] = change
         for session_id, session in batch.sessions.items():
             if session is None:
                 self._sessions.pop(session_id, None)

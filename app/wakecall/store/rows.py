@@ -8,6 +8,7 @@ from dataclasses import fields
 from operator import attrgetter
 from typing import Final
 
+from ..drafts import LLMDraft
 from ..keys import ROLES
 from ..ledger import CellKey, Usage, UsageBy
 from ..models import LLM, Alias, Key, Kind, SessionRecord, Status
@@ -35,6 +36,11 @@ PUT_LLM: Final = _upsert("llms", _LLM_COLUMNS)
 PUT_SESSION: Final = _upsert("sessions", _SESSION_COLUMNS)
 PUT_KEY: Final = _upsert("keys", _KEY_COLUMNS)
 PUT_ALIAS: Final = _upsert("aliases", _ALIAS_COLUMNS)
+# The condition is that of the index of live rows, as below. One statement, for at a start these are all that were live.
+LOSE_LLMS: Final = (
+    "UPDATE llms SET remembers = status, status = 'inactive', inactive_since = ?"
+    " WHERE kind = 'virtual' AND status <> 'inactive'"
+)
 DROP_LLM: Final = "DELETE FROM llms WHERE name = ?"
 DROP_SESSION: Final = "DELETE FROM sessions WHERE session_id = ?"
 DROP_KEY: Final = "DELETE FROM keys WHERE key_id = ?"
@@ -58,23 +64,26 @@ EXPIRED: Final = (
 
 llm_values: Final = attrgetter(*_LLM_COLUMNS)
 session_values: Final = attrgetter(*_SESSION_COLUMNS)
-_STATUS: Final = _LLM_COLUMNS.index("status")
-_KIND: Final = _LLM_COLUMNS.index("kind")
-_REMEMBERS: Final = _LLM_COLUMNS.index("remembers")
-_PAUSED: Final = _LLM_COLUMNS.index("paused")
+# An enum's own constructor takes longer than all else that a row is made with.
+_STATUSES: Final = {each.value: each for each in Status}
+_REMEMBERED: Final[dict[str | None, Status | None]] = {None: None} | {each.value: each for each in Status}
+_KINDS: Final = {each.value: each for each in Kind}
 
 
 def llms_of(rows: sqlite3.Cursor) -> tuple[LLM, ...]:
     found = []
     # Fetched first: a cursor that is left in the middle keeps its snapshot, and with it the log from being cut back.
     for row in rows.fetchall():
-        values = list(row)
-        values[_STATUS] = Status(values[_STATUS])
-        values[_KIND] = Kind(values[_KIND])
-        if values[_REMEMBERS] is not None:
-            values[_REMEMBERS] = Status(values[_REMEMBERS])
-        values[_PAUSED] = bool(values[_PAUSED])
-        found.append(LLM(*values))
+        draft = LLMDraft(*row)
+        try:
+            draft.status = _STATUSES[draft.status]
+            draft.remembers = _REMEMBERED[draft.remembers]
+            draft.kind = _KINDS[draft.kind]
+        except KeyError as error:
+            raise ValueError(f"a row has the status or kind {error}, which is none") from error
+        draft.paused = bool(draft.paused)
+        draft.__class__ = LLM
+        found.append(draft)
     return tuple(found)
 
 

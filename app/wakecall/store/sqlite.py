@@ -156,6 +156,8 @@ class SqliteStore:
         # has read would fail at its first write, without waiting.
         with _transaction(self._db, "BEGIN IMMEDIATE"):
             connection = self._db.conn
+            if batch.lost_at is not None:
+                connection.execute(rows.LOSE_LLMS, (batch.lost_at,))
             connection.executemany(rows.DROP_LLM, drop_llms)
             connection.executemany(rows.PUT_LLM, put_llms)
             connection.executemany(rows.DROP_SESSION, drop_sessions)
