@@ -212,6 +212,7 @@ async def test_with_another_publishers_key_nothing_of_this_ones_is_there(keyed: 
             ("POST", f"{task}/chunks"): (404, "task_not_found"),
             ("POST", f"{task}/failure"): (404, "task_not_found"),
             ("POST", f"{task}/cancelled"): (404, "task_not_found"),
+            ("POST", f"{session}/results"): (404, "session_not_found"),
             ("POST", f"{session}/pause"): (404, "session_not_found"),
             ("POST", f"{session}/resume"): (404, "session_not_found"),
             ("PUT", "/publisher/v1/sessions/mine"): (409, "llm_name_taken"),
