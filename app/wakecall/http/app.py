@@ -22,6 +22,7 @@ from .answers import Answer, StreamBody, error_answer, no_content
 from .auth import refuse_foreign, refuse_other_origins
 from .client import add_client_routes
 from .cors import Cors
+from .direct import Direct, RawRequest, has_hooks
 from .errors import from_http_exception
 from .guard import BodyBudget, Guard, GuardSettings, current_exchange_of
 from .naming import add_naming_routes
@@ -68,7 +69,8 @@ def create_app(
     app.register_error_handler(WakecallError, _answer_error)
     app.register_error_handler(HTTPException, _answer_http_exception)
     config = broker.config
-    routes = Routes(app, broker)
+    direct = Direct(app, app.admit)
+    routes = Routes(app, broker, direct)
     add_client_routes(routes, broker)
     add_publisher_routes(routes, broker)
     add_results_route(routes, broker)
@@ -78,7 +80,7 @@ def create_app(
     add_ops_routes(routes, broker)
     app.extensions["wakecall.routes"] = routes
     guard = Guard(
-        app.asgi_app,
+        direct,
         GuardSettings(body_stall_s=config.peer_stall_s, body_s=body_s),
         BodyBudget(config.max_held_bytes),
         app.cors,
@@ -127,18 +129,24 @@ class _App(QuartTrio):
     loopback_only = True
     cors: Cors | None = None
 
+    def admit(self, request: Request | RawRequest) -> None:
+        """What stands before every request, known or not. Raises Forbidden."""
+        if not self.broker.is_open:
+            return
+        scope: Any = request.scope
+        origins = request.headers.getlist("origin")
+        if self.cors is not None and self.cors.names(scope["path"], origins):
+            origins = []
+        host = request.headers.get("host")
+        if not host and scope["http_version"] == "1.0":
+            host = None  # old probes send none, and Quart makes that an empty one
+        (refuse_foreign if self.loopback_only else refuse_other_origins)(host, origins)
+        current_exchange_of(scope).vouch()  # whoever calls may do everything
+
     async def handle_request(self, request: Request) -> Response | WerkzeugResponse:
         path = request.scope["path"]
-        origins = request.headers.getlist("origin")
-        if self.cors is not None and self.cors.names(path, origins):
-            origins = []
         try:
-            if self.broker.is_open:
-                host = request.headers.get("host")
-                if not host and request.http_version == "1.0":
-                    host = None  # old probes send none, and Quart makes that an empty one
-                (refuse_foreign if self.loopback_only else refuse_other_origins)(host, origins)
-                current_exchange_of(request.scope).vouch()  # type: ignore[arg-type]  # whoever calls may do everything
+            self.admit(request)
             if self.cors is not None:
                 # Before anything asks for a key: a browser sends none along with this question.
                 allowed = self.cors.preflight(request.method, path, request.scope["headers"])
@@ -155,7 +163,7 @@ class _App(QuartTrio):
 
     async def full_dispatch_request(self, context: Any = None) -> Response | WerkzeugResponse:
         """Route and answer. Quart's own way, with its hooks and signals, is gone only where somebody has added hooks."""
-        if self.before_request_funcs or self.after_request_funcs or self.url_value_preprocessors:
+        if has_hooks(self):
             return await super().full_dispatch_request(context)
         request: Request = context.request
         try:

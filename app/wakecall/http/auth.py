@@ -21,6 +21,7 @@ from ..errors import Forbidden, InternalError, InvalidApiKey, WakecallError
 from ..faults import stacks_of
 from ..keyring import Caller
 from ..models import Role
+from .direct import RawHeaders, RawRequest
 from .sockets import is_loopback
 
 __all__ = ["authenticate", "check_again", "refuse_foreign", "refuse_other_origins"]
@@ -33,12 +34,12 @@ _HOST: Final = re.compile(r"(\[(?=[^\]]*:)[0-9A-Fa-f:.]+(?:%[0-9A-Za-z._~-]+)?\]
 _ORIGIN: Final = re.compile(r"https?://(.+)", re.IGNORECASE)
 
 
-def authenticate(broker: Broker, request: Request, role: Role) -> Caller:
+def authenticate(broker: Broker, request: Request | RawRequest, role: Role) -> Caller:
     """The caller of a request, who may do what this role does.
 
     Args:
         broker: who knows the keys.
-        request: Quart's.
+        request: theirs.
         role: which the path is for.
 
     Raises:
@@ -72,7 +73,7 @@ def _sure_of(check: Callable[[], T]) -> T:
         raise InternalError("The broker cannot check API keys.", status=503) from None
 
 
-def _presented(headers: Headers) -> str | None:
+def _presented(headers: Headers | RawHeaders) -> str | None:
     """The key that a request presents, in either way or in both (protocol.md, Conventions).
 
     Raises:

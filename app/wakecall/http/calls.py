@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import trio
-from quart import Request, request
+from quart import Request
 
 from ..broker import Broker
 from ..errors import InvalidRequest, UnsupportedEncoding
 from ..keyring import Caller
 from ..models import Role
 from .auth import authenticate
+from .direct import RawRequest
 from .guard import Exchange, current_exchange_of
 from .parsing import decode
 from .turns import Turns
@@ -34,12 +35,12 @@ class Call:
     """One request to a route.
 
     Args:
-        request: Quart's.
+        request: Quart's, or what a hot route has of it.
         exchange: its body and its end.
         caller: whose it is.
     """
 
-    request: Request
+    request: Request | RawRequest
     exchange: Exchange
     caller: Caller
 
@@ -49,17 +50,16 @@ class Call:
         return self.caller.owner
 
 
-def begin(broker: Broker, role: Role) -> Call:
-    """The request that is being handled, its caller known and allowed here. Every route begins with it.
+def begin(broker: Broker, role: Role, request: Request | RawRequest) -> Call:
+    """A request, its caller known and allowed here. Every route begins with it.
 
     Raises:
         InvalidApiKey, Forbidden, InternalError: he is not.
     """
-    current: Request = request._get_current_object()  # type: ignore[attr-defined]  # the proxy costs at each access
-    scope: Any = current.scope
-    exchange, caller = current_exchange_of(scope), authenticate(broker, current, role)
+    scope: Any = request.scope
+    exchange, caller = current_exchange_of(scope), authenticate(broker, request, role)
     exchange.vouch(caller.key_id)
-    return Call(current, exchange, caller)
+    return Call(request, exchange, caller)
 
 
 def one_header(call: Call, name: str) -> str | None:

@@ -180,6 +180,7 @@ def add_client_routes(routes: Routes, broker: Broker) -> None:
             path,
             name=f"relay_{path.removeprefix('/v1/').replace('/', '_')}",
             role="client",
+            is_hot=True,
             headers=(PRIORITY, TIMEOUT),
             body=_REQUEST,
             answer={"2XX": _ANSWER, "3XX": _ANSWER, "4XX": _ENGINES_ERROR, "5XX": _ENGINES_ERROR},

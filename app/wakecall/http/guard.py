@@ -11,8 +11,9 @@ fails. So the guard stands between server and Quart and owns three things:
   only Hypercorn tidying up; it is withheld, or Quart would cancel the very `send` that goes back to idle.
 * **The head.** Each answer gets its request id and, under `/v1`, the headers that keep it from being a page.
 
-`scope["wakecall.exchange"]` is the handler's side of it. An app under the guard must keep a task in `receive`, as Quart
-does; otherwise no body ever arrives.
+`scope["wakecall.exchange"]` is the handler's side of it. An app under the guard keeps a task in `receive`, as Quart does;
+otherwise no body ever arrives. Or it `attend`s to its exchange: then the handler itself takes what it wants from the
+server, which says on its own when the peer is gone, and nothing is spawned for a request at all.
 """
 
 from __future__ import annotations
@@ -131,7 +132,10 @@ class Exchange:
         self._send = send
         self._settings = guard.settings
         self._budget = guard.budget
-        self._connection: _Connection | None = (scope.get("extensions") or {}).get("wakecall.connection")
+        extensions = scope.get("extensions") or {}
+        self._connection: _Connection | None = extensions.get("wakecall.connection")
+        self._tell_end: Callable[[Callable[[], None]], None] | None = extensions.get("wakecall.on_end")
+        self._attended: trio.CancelScope | None = None
         self._path: str = scope["path"]
         headers = scope["headers"]
         self._request_id = self._connection.request_id if self._connection else pick_request_id(headers)
@@ -283,7 +287,46 @@ class Exchange:
         if self._connection is not None:
             self._connection.abort()
 
-    # The app's side: what Quart calls ------------------------------------------------------------------------------
+    # The app's side ------------------------------------------------------------------------------------------------
+
+    def attend(self, scope: trio.CancelScope) -> bool:
+        """Do without a task in `receive`. False: this server does not say on its own when a peer leaves.
+
+        Args:
+            scope: the handler's; cancelled when the peer leaves before the answer's last message, or the answer was cut.
+        """
+        if self._tell_end is None:
+            return False
+        self._attended = scope
+        self._tell_end(self._leave)
+        return True
+
+    async def answer(self, send: Callable[[], Awaitable[None]]) -> None:
+        """Have `send` make the answer, in an exchange that is attended to. What nobody took of the body is dropped
+        meanwhile: a peer that has to send all of it before it reads must not be waited for."""
+        if self._complete or self._declared_bytes == 0 or self._reading:
+            await send()
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._drop_the_rest)
+            await send()
+            nursery.cancel_scope.cancel()
+
+    def _leave(self) -> None:
+        if self._finished and not self._was_cut:
+            return
+        if not self._was_cut:
+            self._lose_client()
+        if self._attended is not None:
+            self._attended.cancel()
+
+    async def _drop_the_rest(self) -> None:
+        self._drop_body()
+        self._told_app = True
+        while (await self._receive_for_app())["type"] != "http.disconnect":
+            pass
+
+    # What Quart calls
 
     async def _receive_for_app(self) -> Message:
         if not self._told_app:
@@ -388,14 +431,28 @@ class Exchange:
                 return None
             if self._gone or self._dropping:
                 raise ClientGone
-            self._arrival = trio.Event()
+            if stall_s == inf:
+                await self._wait_arrival()
+                continue
             with trio.CancelScope(deadline=min(trio.current_time() + stall_s, due)) as scope:
-                await self._arrival.wait()
+                await self._wait_arrival()
             if scope.cancelled_caught:
                 raise RequestTimeout("The request's body did not arrive in time.")
         piece = self._pieces.popleft()
         self._wake_pump()
         return piece
+
+    async def _wait_arrival(self) -> None:
+        """Block until there is something new. Cancelled, it has taken nothing."""
+        if self._attended is None:
+            self._arrival = trio.Event()
+            await self._arrival.wait()
+            return
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._arrive(message.get("body", b""), more=message.get("more_body", False))
+        else:
+            raise ClientGone
 
     async def _wait_until_wanted(self) -> None:
         """Block while the next piece must not be asked for: that is what holds the peer back."""

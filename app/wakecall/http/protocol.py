@@ -123,12 +123,13 @@ class Inbox:
         before_first: awaited when the app asks for the first time.
     """
 
-    __slots__ = ("_before_first", "_full", "_messages", "_news", "_over", "_room")
+    __slots__ = ("_before_first", "_full", "_messages", "_news", "_on_end", "_over", "_room")
 
     def __init__(self, before_first: Callable[[], Awaitable[None]]) -> None:
         self._messages: deque[Any] = deque()
         self._before_first: Callable[[], Awaitable[None]] | None = before_first
         self._over = self._full = False
+        self._on_end: Callable[[], None] | None = None
         self._news: trio.Event | None = None
         self._room: trio.Event | None = None
 
@@ -137,6 +138,8 @@ class Inbox:
         if message["type"] == "http.disconnect":
             self._over = True
             self._set_room()
+            if self._on_end is not None:
+                self._on_end()
         elif message["body"]:
             while self._full and not self._over:
                 self._room = trio.Event()
@@ -149,6 +152,12 @@ class Inbox:
         self._messages.append(message)
         if self._news is not None:
             self._news.set()
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called, from the task that reads, once the end is here: at once if it is. It must not block."""
+        self._on_end = callback
+        if self._over:
+            callback()
 
     async def receive(self) -> Any:
         """ASGI's `receive`: the next message; `http.disconnect` again and again after the end."""
@@ -185,6 +194,7 @@ class AppTasks(TaskGroup):
     async def spawn_app(self, app: Any, config: Config, scope: Any, send: Any) -> Any:
         inbox = Inbox(self._connection.send_continue)
         scope["extensions"]["wakecall.connection"] = self._connection
+        scope["extensions"]["wakecall.on_end"] = inbox.on_end
         assert self._nursery is not None
         self._nursery.start_soon(
             _handle, app, config, scope, inbox.receive, send, trio.to_thread.run_sync, trio.from_thread.run

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from quart import Quart
+from quart import Quart, Request, request
 
 from ..broker import Broker
 from ..errors import (
@@ -28,6 +28,7 @@ from ..models import Role
 from .answers import Answer
 from .auth import check_again
 from .calls import Call, begin, one_header, read_json
+from .direct import Direct, RawRequest, Serve
 from .shown import Id, Name
 
 __all__ = ["HELD_BODY", "Content", "Declared", "Header", "Media", "Query", "Route", "Routes"]
@@ -114,6 +115,7 @@ class Query:
 
     def read(self, call: Call) -> str | None:
         """Its value; None: it is not there. Raises InvalidRequest: it stands more than once."""
+        assert isinstance(call.request, Request)  # no hot route reads its query
         values = call.request.args.getlist(self.name)
         if len(values) > 1:
             raise InvalidRequest("This parameter stands at most once.", param=self.name)
@@ -153,10 +155,12 @@ class Routes:
     Args:
         app: gets them.
         broker: knows the callers; its config bounds the bodies that are read as Structs.
+        direct: takes those that are hot.
     """
 
     app: Quart
     broker: Broker
+    direct: Direct
     all: list[Route] = field(default_factory=list)
 
     def add(
@@ -172,6 +176,7 @@ class Routes:
         errors: tuple[Declared, ...] = (),
         name: str = "",
         has_head: bool = True,
+        is_hot: bool = False,
     ) -> Callable[[Callable[..., Awaitable[Answer]]], Callable[..., Awaitable[Answer]]]:
         """Put the decorated handler there. It is called with a `Call` unless everyone may, then with what is in the path.
 
@@ -186,6 +191,7 @@ class Routes:
             errors: what it can end with beyond what any route of its kind can.
             name: of the operation; the handler's own when left out.
             has_head: whether a HEAD is answered as a GET without its body.
+            is_hot: a POST that comes thousands of times a second: not by Quart's dispatch (`direct`).
         """
         if not isinstance(answer, Mapping):
             answer = {"204" if answer is None else "200": answer}
@@ -194,7 +200,13 @@ class Routes:
             named = name or handler.__name__
             summary = (handler.__doc__ or "").strip()
             self.all.append(Route(method, rule, named, summary, role, body, headers, query, answer, errors))
-            self.app.add_url_rule(rule, named, self._view(handler, role, body), methods=[method])
+            serve = None if role is None else self._serve(handler, role, body)
+            view = handler if serve is None else _view(serve)
+            self.app.add_url_rule(rule, named, view, methods=[method])
+            if is_hot:
+                assert method == "POST"
+                assert serve is not None
+                self.direct.add(rule, named, view, serve)
             if not has_head:
                 for each in self.app.url_map.iter_rules(named):
                     assert each.methods is not None
@@ -203,18 +215,23 @@ class Routes:
 
         return decorate
 
-    def _view(
-        self, handler: Callable[..., Awaitable[Answer]], role: Role | None, body: Content
-    ) -> Callable[..., Awaitable[Answer]]:
-        if role is None:
-            return handler
-
-        async def view(**in_path: str) -> Answer:
-            call = begin(self.broker, role)
+    def _serve(self, handler: Callable[..., Awaitable[Answer]], role: Role, body: Content) -> Serve:
+        async def serve(request: Request | RawRequest, *in_path: str, **by_name: str) -> Answer:
+            call = begin(self.broker, role, request)
             if isinstance(body, type):
                 said: Any = await read_json(call, body, self.broker.config.max_body_bytes)
                 check_again(self.broker, call.caller)
-                return await handler(call, **in_path, said=said)
-            return await handler(call, **in_path)
+                return await handler(call, *in_path, **by_name, said=said)
+            return await handler(call, *in_path, **by_name)
 
-        return view
+        return serve
+
+
+def _view(serve: Serve) -> Callable[..., Awaitable[Answer]]:
+    """Quart's way to a handler."""
+
+    async def view(**in_path: str) -> Answer:
+        # The proxy would cost at each access.
+        return await serve(request._get_current_object(), **in_path)  # type: ignore[attr-defined]
+
+    return view

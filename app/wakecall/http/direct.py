@@ -1,0 +1,160 @@
+"""The short way: the few requests that come thousands of times a second reach their handler without Quart's dispatch.
+
+Of a relayed infer that dispatch (request object, contexts, URL map, a nursery with a reader task, response object and back)
+was a third of all that it cost, and none of it is used by these handlers. `Direct` stands between guard and Quart. It takes
+a POST whose path is, to the letter, that of a route declared as `hot`, and leaves everything else to Quart, as well as
+everything as soon as somebody has added hooks to the app or a view of his own. Both ways go through the same door
+(`admit`) and the same handler (`routes.Serve`), and make the same answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Final, NamedTuple
+
+import trio
+from quart import Quart
+
+from ..errors import WakecallError
+from .answers import Answer, StreamBody, error_answer
+from .guard import ASGIApp, Exchange, Receive, Scope, Send, current_exchange_of
+
+__all__ = ["Direct", "RawHeaders", "RawRequest", "Serve", "has_hooks"]
+
+#: What may stand between two slashes of a hot path; anything else is Quart's to judge.
+_SEGMENT: Final = "([A-Za-z0-9_-]{1,128})"
+_PLACEHOLDER: Final = re.compile(r"<(\w+)>")
+
+
+class RawHeaders:
+    """A request's headers, looked up where they are: a handler reads five of them, once each."""
+
+    __slots__ = ("_pairs",)
+
+    def __init__(self, pairs: list[tuple[bytes, bytes]]) -> None:
+        self._pairs = pairs
+
+    def _values(self, name: str) -> Iterator[str]:
+        wanted = name.lower().encode("ascii")
+        return (value.decode("latin-1") for key, value in self._pairs if key == wanted)
+
+    def get(self, name: str) -> str | None:
+        """The first of this name."""
+        return next(self._values(name), None)
+
+    def getlist(self, name: str) -> list[str]:
+        """All of this name."""
+        return list(self._values(name))
+
+
+class RawRequest:
+    """What handlers read of a request, as Quart's has it."""
+
+    __slots__ = ("headers", "path", "scope")
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.path: str = scope["path"]
+        self.headers = RawHeaders(scope["headers"])
+
+
+#: A hot route's handler: the request, then what is in its path.
+Serve = Callable[..., Awaitable[Answer]]
+
+
+def has_hooks(app: Quart) -> bool:
+    """Whether somebody has put anything around an app's requests."""
+    # Quart's own look-ups leave empty lists behind.
+    hooks = (
+        app.before_request_funcs,
+        app.after_request_funcs,
+        app.teardown_request_funcs,
+        app.url_value_preprocessors,
+    )
+    return any(by_blueprint and any(by_blueprint.values()) for by_blueprint in hooks)
+
+
+class _Hot(NamedTuple):
+    endpoint: str
+    view: Any
+    serve: Serve
+
+    def is_still_there(self, app: Quart) -> bool:
+        return app.view_functions.get(self.endpoint) is self.view
+
+
+class Direct:
+    """Pure ASGI: `Direct(app, admit)` in front of a Quart app's own.
+
+    Args:
+        app: Quart's; its hooks and views are looked at for each request.
+        admit: what stands before every request (`app._App.admit`). Raises WakecallError.
+    """
+
+    def __init__(self, app: Quart, admit: Callable[[Any], None]) -> None:
+        self._app = app
+        self._quart: ASGIApp = app.asgi_app
+        self._admit = admit
+        self._plain: dict[str, _Hot] = {}
+        self._patterns: list[tuple[re.Pattern[str], _Hot]] = []
+
+    def add(self, rule: str, endpoint: str, view: Any, serve: Serve) -> None:
+        """Take POSTs to `rule`, as long as the app's view there is `view`."""
+        hot = _Hot(endpoint, view, serve)
+        if "<" not in rule:
+            self._plain[rule] = hot
+        else:
+            self._patterns.append((re.compile(_PLACEHOLDER.sub(_SEGMENT, rule)), hot))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = self._find(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if found is not None:
+            exchange = current_exchange_of(scope)
+            with trio.CancelScope() as handling:
+                if exchange.attend(handling):
+                    await self._serve(scope, exchange, send, *found)
+                    return
+        await self._quart(scope, receive, send)
+
+    def _find(self, scope: Scope) -> tuple[Serve, tuple[str, ...]] | None:
+        found = self._plain.get(scope["path"])
+        in_path: tuple[str, ...] = ()
+        if found is None:
+            for pattern, hot in self._patterns:
+                if match := pattern.fullmatch(scope["path"]):
+                    found, in_path = hot, match.groups()
+                    break
+        if found is None or scope["root_path"] or has_hooks(self._app) or not found.is_still_there(self._app):
+            return None
+        return found.serve, in_path
+
+    async def _serve(
+        self, scope: Scope, exchange: Exchange, send: Send, serve: Serve, in_path: tuple[str, ...]
+    ) -> None:
+        request = RawRequest(scope)
+        try:
+            self._admit(request)
+            answer = await serve(request, *in_path)
+        except WakecallError as error:
+            answer = error_answer(error, request.path)
+        body: Any = answer.response
+        try:
+            # Nobody is there to be answered.
+            if not exchange.client_is_gone and not exchange.is_over:
+                await exchange.answer(lambda: _send(answer, send))
+        finally:
+            if isinstance(body, StreamBody):
+                await body.aclose()
+
+
+async def _send(answer: Answer, send: Send) -> None:
+    headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers]
+    await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
+    body: Any = answer.response
+    if isinstance(body, StreamBody):
+        async for piece in body:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    else:
+        await send({"type": "http.response.body", "body": body.data, "more_body": False})

@@ -1,0 +1,147 @@
+"""The short way past Quart's dispatch: taken by hot requests, left as soon as somebody put something of his own there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import trio
+from quart import Response
+
+from tests.http.served import JSON, Served, as_bytes, head, wait_until
+from wakecall.http.direct import RawHeaders
+
+CHAT = "/v1/chat/completions"
+CALL = {"model": "qwen", "messages": [{"role": "user", "content": "hello"}]}
+
+
+class Dispatches:
+    """Counts what Quart dispatches."""
+
+    def __init__(self, served: Served) -> None:
+        self.paths: list[str] = []
+        dispatch = served.app.full_dispatch_request
+
+        async def counted(context: Any = None) -> Any:
+            self.paths.append(context.request.path)
+            return await dispatch(context)
+
+        served.app.full_dispatch_request = counted
+
+
+async def answered(served: Served, target: str = CHAT) -> int:
+    """A call that a publisher answers, heartbeat and all; its status."""
+    statuses: list[int] = []
+    async with served.publishing() as publisher, trio.open_nursery() as nursery:
+
+        async def call() -> None:
+            statuses.append((await served.call(CALL, target)).status)
+
+        nursery.start_soon(call)
+        frame = await publisher.next("infer")
+        assert (await publisher.answer(frame, {"choices": []})).status == 200
+        beat = await served.ask("POST", "/publisher/v1/sessions/laptop/heartbeat", JSON, body=b"{}")
+        assert beat.status == 200
+    return statuses[0]
+
+
+async def test_calls_results_and_heartbeats_go_past_quart_and_nothing_else_does(served: Served) -> None:
+    seen = Dispatches(served)
+    assert await answered(served) == 200
+    assert seen.paths == ["/publisher/v1/sessions/laptop", "/publisher/v1/sessions/laptop/frames"]
+    seen.paths.clear()
+    for target in (f"{CHAT}/", "/v1/chat%2Fcompletions/x", "/publisher/v1/tasks/a b/result"):
+        assert (await served.ask("POST", target.replace(" ", "%20"), JSON, body=b"{}")).status == 404
+    assert (await served.ask("GET", CHAT)).status == 405
+    assert len(seen.paths) == 4
+
+
+@pytest.mark.parametrize("kind", ["before_request", "after_request", "teardown_request", "url_value_preprocessor"])
+async def test_a_hook_of_an_embedder_sees_every_request(served: Served, kind: str) -> None:
+    seen: list[object] = []
+
+    async def hook(*given: Any) -> Any:
+        seen.append(kind)
+        return given[0] if kind == "after_request" else None
+
+    def preprocess(endpoint: str | None, _: Any) -> None:
+        seen.append(endpoint)
+
+    getattr(served.app, kind)(preprocess if kind == "url_value_preprocessor" else hook)
+    assert await answered(served) == 200
+    # Register, channel, call, result, heartbeat.
+    assert len(seen) == 5
+
+
+async def test_a_view_of_an_embedder_stands_in_for_ours(served: Served) -> None:
+    async def view() -> Response:
+        return Response(b"mine", 202, content_type="text/plain")
+
+    served.app.view_functions["relay_chat_completions"] = view
+    async with served.server.connect() as wire:
+        await wire.send(head("POST", CHAT, JSON, "content-length: 2") + b"{}")
+        answer = await wire.read_answer("POST")
+    assert (answer.status, answer.body) == (202, b"mine")
+
+
+async def test_both_ways_make_the_same_answers(served: Served) -> None:
+    """Down to the headers, but for what is each answer's own."""
+
+    async def answers() -> list[Any]:
+        found = []
+        for target, headers, body in (
+            (CHAT, (JSON,), as_bytes({"model": "nobody"})),
+            (CHAT, (JSON,), b"{"),
+            (CHAT, (JSON, "content-encoding: gzip"), as_bytes(CALL)),
+            (CHAT, ("origin: https://evil.example",), as_bytes(CALL)),
+            ("/publisher/v1/tasks/none/result", (JSON,), b"x" * 300_000),
+            ("/publisher/v1/tasks/none/chunks", (JSON,), b""),
+            ("/publisher/v1/sessions/none/heartbeat", (JSON,), b"{}"),
+            ("/publisher/v1/sessions/none/heartbeat", (JSON,), b'{"llms": 1}'),
+        ):
+            answer = await served.ask("POST", target, *headers, "x-request-id: mine", body=body)
+            found.append((answer.status, sorted(answer.headers.items()), json.loads(answer.body)))
+        return found
+
+    short = await answers()
+    served.app.before_request(lambda: None)
+    assert short == await answers()
+    assert [status for status, *_ in short] == [404, 400, 415, 403, 404, 400, 404, 400]
+
+
+async def test_a_client_who_leaves_is_noticed_at_once(served: Served) -> None:
+    async with served.publishing() as publisher:
+        async with served.calling(CALL):
+            frame = await publisher.next("infer")
+        cancel = await publisher.next("cancel")
+        assert cancel.data == {"task_id": frame.task_id, "reason": "client_disconnected"}
+
+
+async def test_a_publisher_who_leaves_in_the_middle_of_an_upload_has_broken_it_off(served: Served) -> None:
+    async with served.publishing() as publisher, served.calling(CALL) as reading:
+        frame = await publisher.next("infer")
+        async with publisher.upload(frame, JSON) as upload:
+            await upload.send(b'{"choices"')
+            await wait_until(lambda: served.broker.statistics().in_flight == 1)
+        await reading.read_head()
+        assert reading.status == 502
+
+
+async def test_a_peer_who_sends_all_of_it_before_he_reads_gets_his_answer(served: Served) -> None:
+    """More than the kernel holds, refused before a byte of it was wanted: what comes is dropped while the answer is made."""
+    async with served.server.connect() as wire:
+        size = 900_000
+        await wire.send(head("POST", CHAT, JSON, "content-encoding: gzip", f"content-length: {size}"))
+        await wire.send(b"x" * size)
+        answer = await wire.read_answer("POST")
+    assert answer.status == 415
+
+
+def test_headers_are_found_in_any_spelling_and_in_order() -> None:
+    headers = RawHeaders([(b"accept", b"a"), (b"x-api-key", b"\xe9"), (b"accept", b"b")])
+    assert headers.get("Accept") == "a"
+    assert headers.getlist("ACCEPT") == ["a", "b"]
+    assert headers.get("X-API-Key") == "é"
+    assert headers.get("origin") is None
+    assert headers.getlist("origin") == []
