@@ -110,11 +110,11 @@ class Direct:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         found = self._find(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
         if found is not None:
-            exchange = current_exchange_of(scope)
-            with trio.CancelScope() as handling:
-                if exchange.attend(handling):
+            exchange, handling = current_exchange_of(scope), trio.CancelScope()
+            if exchange.attend(handling):
+                with handling:
                     await self._serve(scope, exchange, send, *found)
-                    return
+                return
         await self._quart(scope, receive, send)
 
     def _find(self, scope: Scope) -> tuple[Serve, tuple[str, ...]] | None:
@@ -125,7 +125,7 @@ class Direct:
                 if match := pattern.fullmatch(scope["path"]):
                     found, in_path = hot, match.groups()
                     break
-        if found is None or scope["root_path"] or has_hooks(self._app) or not found.is_still_there(self._app):
+        if found is None or scope.get("root_path") or has_hooks(self._app) or not found.is_still_there(self._app):
             return None
         return found.serve, in_path
 
