@@ -115,9 +115,9 @@ def map_body(context: Any, body: Any) -> Any:
     """
     if not isinstance(body, dict):
         return body
+    body = within_64_bits(body)
     if context.operation.path.startswith("/v1/") and isinstance(body.get("model"), str) and half(body):
         return {**body, "model": ROWS[0] if half(body["model"]) else ROWS[2]}
-    body = within_64_bits(body)
     if isinstance(body.get("llm"), str) and is_llm_name(body["llm"]) and half(body):
         return {**body, "llm": ROWS[0]}
     rows = body.get("llms")
