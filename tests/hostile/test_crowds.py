@@ -177,11 +177,12 @@ async def answer_all(broker: BrokerProcess, channel: WireChannel, count: int) ->
             nursery.start_soon(answer_some)
 
 
-@within(150)
+@within(300)
 async def test_ten_thousand_who_wait_for_one_wake_make_one_frame_and_all_are_answered(tmp_path: Path) -> None:
     """Those beyond the bound are told so at once; the memory of one who waits is bounded; afterwards nothing of them is
     left."""
-    bounds = {"max_waiting_per_llm": WAITING, "max_waiting": WAITING}
+    # Nobody sends heartbeats here, and on a slow machine this takes longer than rows live without.
+    bounds = {"max_waiting_per_llm": WAITING, "max_waiting": WAITING, "heartbeat_timeout_s": 600}
     async with (
         open_broker_process(tmp_path / "w.db", arguments=["--log-level", "warning"], **bounds) as broker,
         open_wire_publisher(broker, {"name": "sleeper", "status": "hibernating"}) as (publisher, channel),
