@@ -2,11 +2,11 @@
  *
  *   burst --port P --connections N --request FILE [--limit S]
  *
- * One thread, one epoll. It opens the connections and says {"open": N}; at a line on stdin it sends the request on each of
- * them and says {"sent": NS}; when every answer has been read to its end it says when the first and the last were, how many
- * had which status, and how many bytes they had in all, and ends. All times are ns of CLOCK_MONOTONIC. An answer has a
- * Content-Length, and its body's bytes are counted, not looked at. Anything else, and the limit of time, ends it with a word on
- * stderr.
+ * One thread, one epoll. It opens the connections and says {"open": N} once all have been accepted; at a line on stdin it
+ * sends the request on each of them and says {"sent": NS}; when every answer has been read to its end it says when the first
+ * and the last were, how many had which status, and how many bytes they had in all, and ends. All times are ns of
+ * CLOCK_MONOTONIC. An answer has a Content-Length, and its body's bytes are counted, not looked at. Anything else, and the
+ * limit of time, ends it with a word on stderr.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -26,7 +26,8 @@
 #include <unistd.h>
 
 enum { MOST_CALLERS = 19000, HEAD_BYTES = 2048, READ_BYTES = 65536, MOST_EVENTS = 512 };
-/* So many connections are opened at a time: what a listener has not accepted yet has a bound. */
+/* So many connections are opened at a time, and the server has accepted all of them before the next ones are: of a full
+ * queue the kernel drops whom it has told that he is connected, and resets him later. */
 enum { OPENED_AT_A_TIME = 500 };
 
 typedef struct {
@@ -41,7 +42,7 @@ static Caller *callers;
 static int poller, caller_count, open_count, done_count, statuses[600];
 static char *request, scratch[READ_BYTES];
 static size_t request_bytes, bytes_read;
-static uint64_t first_ns, last_ns;
+static uint64_t sent_ns, first_ns, last_ns;
 
 static void die(const char *format, ...) {
     va_list rest;
@@ -109,7 +110,9 @@ static void read_answer(Caller *caller) {
     if (count < 0 && errno == EAGAIN)
         return;
     if (count <= 0)
-        die("a connection ended %s its answer", caller->is_done ? "behind" : "before");
+        die("a connection ended %s its answer, %.1f s after the first request, with %d of %d answered: %s",
+            caller->is_done ? "behind" : "before", (double)(now_ns() - sent_ns) / 1e9,
+            done_count, caller_count, count < 0 ? strerror(errno) : "closed");
     if (caller->is_done)
         die("something came behind an answer");
     bytes_read += (size_t)count;
@@ -160,6 +163,25 @@ static void wait_events(void) {
     }
 }
 
+/* How many have connected whom the server has not accepted yet, as the kernel tells: listeners come first in its list. */
+static unsigned long queued_at(int port) {
+    static char text[READ_BYTES + 1];
+    FILE *file = fopen("/proc/net/tcp", "r");
+    if (file == NULL)
+        die("cannot read /proc/net/tcp");
+    text[fread(text, 1, READ_BYTES, file)] = 0;
+    fclose(file);
+    unsigned long queued = 0;
+    for (char *line = strchr(text, '\n'); line != NULL; line = strchr(line + 1, '\n')) {
+        unsigned listens_at, state;
+        unsigned long length;
+        if (sscanf(line + 1, " %*d: %*8x:%x %*8x:%*x %x %*x:%lx", &listens_at, &state, &length) == 3 && state == 10 &&
+            listens_at == (unsigned)port)
+            queued += length;
+    }
+    return queued;
+}
+
 static void read_request(const char *path) {
     FILE *file = fopen(path, "rb");
     if (file == NULL)
@@ -195,17 +217,20 @@ int main(int count, char **words) {
     }
     poller = epoll_create1(EPOLL_CLOEXEC);
     callers = must(calloc((size_t)caller_count, sizeof *callers));
-    for (int begun = 0; open_count < caller_count;) {
-        while (begun < caller_count && begun - open_count < OPENED_AT_A_TIME)
+    for (int begun = 0; begun < caller_count;) {
+        for (int more = 0; more < OPENED_AT_A_TIME && begun < caller_count; more++)
             open_caller(&callers[begun++], port);
-        wait_events();
+        while (open_count < begun)
+            wait_events();
+        while (queued_at(port))
+            usleep(2000);
     }
     printf("{\"open\": %d}\n", open_count);
     fflush(stdout);
     char line[16];
     if (fgets(line, sizeof line, stdin) == NULL)
         return 0;
-    uint64_t sent_ns = now_ns();
+    sent_ns = now_ns();
     for (int at = 0; at < caller_count; at++)
         if (write(callers[at].fd, request, request_bytes) != (ssize_t)request_bytes)
             die("cannot send: %s", strerror(errno));

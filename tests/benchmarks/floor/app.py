@@ -90,6 +90,9 @@ def guarded(bare: BareApp) -> Guard:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pump)
             try:
+                # As for whoever has a key: a stranger has two seconds to take his answer, and ten thousand at once may keep
+                # the loop from seeing that he did.
+                current_exchange_of(scope).vouch()
                 await current_exchange_of(scope).read_body(1 << 20)
                 await bare.answer(scope, send)
             except ClientGone:
