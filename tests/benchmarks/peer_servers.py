@@ -213,7 +213,7 @@ def _wait_ready(ready: Callable[[], bool], process: subprocess.Popen[str]) -> No
             raise RuntimeError(f"a peer ended with {process.returncode} before it answered: {process.args!r}")
         if time.monotonic() > deadline:
             raise RuntimeError(f"a peer did not answer within {READY_S:.0f} s: {process.args!r}")
-        time.sleep(0.2)
+        time.sleep(0.2)  # a process that can only be asked
 
 
 def _free_ports(count: int) -> list[int]:

@@ -82,5 +82,5 @@ def _wait_until_all_wait(ours: Server, callers: int) -> None:
             raise RuntimeError(f"/metrics was answered {status}")
         if b"\nwakecall_infers_waiting %.1f\n" % callers in body:
             return
-        time.sleep(0.2)
+        time.sleep(0.2)  # a process that can only be asked
     raise RuntimeError("not all of them came to wait")
