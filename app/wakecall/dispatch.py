@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import trio
 
 from .directory import Pool, Row, Target
@@ -85,11 +87,13 @@ class Dispatcher(Infers):
             if not (shutdown or infer.frame_taken) and infer.attempts <= self.placer.most_attempts(infer):
                 again.append(infer)
                 self._requeue(infer)
+        pools = {}
         for infer in infers:
             if infer.state is InferState.SENT and infer.channel is channel:
                 failed += 1
+                assert infer.row is not None
+                pools[id(infer.row.pool)] = infer.row.pool
                 self.settle(infer, "failed", ShutDownAtWork() if shutdown else PublisherDisconnected(), cancel=cancel)
-        pools = {}
         for infer in again:
             if infer.state is not InferState.WAITING or infer.pool is None:
                 continue
@@ -98,8 +102,22 @@ class Dispatcher(Infers):
             else:
                 pools[id(infer.pool)] = infer.pool
         for pool in pools.values():
-            self.pump_pool(pool)  # others may have room for them now
+            # Others may have room for them now; or may be tried whatever they have failed, since these have failed too.
+            self.pump_pool(pool)
         return failed
+
+    def lose_rows(self, rows: Iterable[Row]) -> None:
+        """A channel has ended without a successor: its rows are lost, in one step. Who waits for hundreds of them in one
+        pool is looked at once, and not for each."""
+        pools = {}
+        for row in rows:
+            if row.llm.status is not Status.INACTIVE:
+                assert row.wake is None, "a wake ends with its channel"
+                self._directory.step(row, RowEvent.LOST)
+                row.yielding = False
+                pools[id(row.pool)] = row.pool
+        for pool in pools.values():
+            self.row_is_gone(pool, lost=True)
 
     def refuse_all_waiting(self, error: type[WakecallError]) -> None:
         """Fail all who wait, for whatever row."""

@@ -301,6 +301,8 @@ class Infers(Waiting):
 
     def _slot_is_free(self, row: Row, now: float) -> None:
         """Whatever an infer's end, or its going elsewhere, makes possible."""
+        if row.session is not None and row.session.channel is None:
+            return  # of a thousand that a channel's end fails none frees anything here: `lose_tasks` looks once, in the end
         if row.health.is_avoided(now, row.pool.sent):
             self.pump_pool(row.pool)  # it may have been the last in good health: then no penalty matters
         else:

@@ -358,9 +358,7 @@ class Registry:
         failed = self._dispatcher.lose_tasks(channel)
         # 3
         if session.channel is None and session.pending is None:
-            for row in list(session.rows.values()):
-                if row.llm.status is not Status.INACTIVE:
-                    self._dispatcher.step(row, RowEvent.LOST)
+            self._dispatcher.lose_rows(list(session.rows.values()))
             self._directory.review_unused(session)
         # 4
         channel.scope.cancel()
