@@ -113,3 +113,26 @@ async def test_callers_in_a_hurry_have_nobody_avoided(autojump_clock):
         assert await hurry("silent", 19.0) == [0.0, 0.0]
         assert await hurry("silent", 21.0) == [1.0, 0.0]
         nursery.cancel_scope.cancel()
+
+
+async def test_one_that_is_avoided_is_tried_when_a_superseded_channel_leaves_nobody_in_better_health(autojump_clock):
+    """In the step in which the channel ends: the next one's own first chance at those who wait comes later."""
+    async with (
+        open_test_broker(PATIENT) as broker,
+        FakePublisher(broker, "desktop", member("broken")) as broken,
+        trio.open_nursery() as nursery,
+    ):
+        fails = start_call(nursery, broker, "qwen")
+        broken.fail(await broken.next("infer"), "It is broken.")
+        await fails.over.wait()
+        async with FakePublisher(broker, "laptop", member("works")) as works:
+            start_call(nursery, broker, "qwen")
+            await works.next("infer")
+            start_call(nursery, broker, "qwen")
+            await wait_all_tasks_blocked()
+            assert len(broken.events("infer")) == 1
+            async with broker.open_channel("laptop"):
+                assert broker.statistics().waiting == 0
+                await wait_all_tasks_blocked()
+            assert len(broken.events("infer")) == 2
+        nursery.cancel_scope.cancel()

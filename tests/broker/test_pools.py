@@ -8,6 +8,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.broker.helpers import CALL, codes, start_call, start_calls, view
 from wakecall import BrokerConfig, InferRequest, LLMSpec, Status
+from wakecall.dispatch import Dispatcher
 from wakecall.errors import InvalidRequest, LLMNameTaken, ModelNotFound, ModelOffline, QueueFull, TooMany
 from wakecall.models import Alias, PoolView
 from wakecall.placing import Placer
@@ -487,6 +488,35 @@ async def test_what_many_wait_for_is_looked_at_once_and_not_for_each_of_them(aut
         many.disconnect()
         assert waiting(broker) == [100]
         assert looks["candidates"] < 5 * len(names), "rows times who waits: 3,000"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_loss_looks_at_what_is_left_once_and_not_for_each_row_and_each_infer_that_it_fails(
+    autojump_clock, monkeypatch
+):
+    """In numbers too: each slot that it freed had all rows looked at, and each row all who wait."""
+    looks = Counter()
+    for owner, look in ((Placer, Placer.load_of), (Dispatcher, Dispatcher.strand), (Dispatcher, Dispatcher.pump)):
+
+        def counted(self, *args, look=look, **more):
+            looks[look.__name__] += 1
+            return look(self, *args, **more)
+
+        monkeypatch.setattr(owner, look.__name__, counted)
+    async with (
+        open_test_broker() as broker,
+        FakePublisher(broker, "many", pool_of(*(f"row-{number}" for number in range(30)), max_concurrency=2)) as many,
+        FakePublisher(broker, "one", pool_of("a")),
+        trio.open_nursery() as nursery,
+    ):
+        await start_calls(nursery, broker, 61 + 20, "chat")
+        looks.clear()
+        many.disconnect()
+        assert broker.statistics().failed == 60
+        assert waiting(broker) == [20]
+        assert looks["strand"] == 1
+        assert looks["pump"] <= 2 * 31
+        assert looks["load_of"] <= 4 * 31
         nursery.cancel_scope.cancel()
 
 
