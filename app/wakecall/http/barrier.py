@@ -104,6 +104,7 @@ class Connection(TCPServer):
     def vouch(self) -> None:
         """The peer has shown that he may call: he is no stranger, and his connection is not taken from him for others."""
         self._is_known = True
+        self._peer.patience_s = inf
 
     def end_if_idle(self) -> None:
         """End the connection if no request is under way."""
@@ -150,17 +151,12 @@ class Connection(TCPServer):
         if self._is_over:
             await trio.lowlevel.checkpoint()
             return
-        patience_s = inf
         if not self._is_known:
-            patience_s = self._settings.stranger_s
             self._barrier.unread[self] = None
         try:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + patience_s) as writing:
+            with trio.CancelScope(shield=True):
                 async with self.send_lock:
                     await self.stream.send_all(data)
-            if writing.cancelled_caught:
-                self._peer.abort()
-                raise trio.BrokenResourceError("a stranger did not take his answer")
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             if not self._is_over:
                 await self._http.handle(Closed())
@@ -174,6 +170,7 @@ class Connection(TCPServer):
     async def _run(self) -> None:
         raw: Any = self.stream
         self._peer = PeerStream(raw.socket, self._settings.peer_stall_s)
+        self._peer.patience_s = self._settings.stranger_s
         self.stream = self._peer  # type: ignore[assignment]
         certificates = self._barrier.certificates
         is_tls = certificates is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import math
 import socket
 import struct
 from collections.abc import Callable
@@ -37,12 +38,15 @@ class PeerStream(trio.abc.HalfCloseableStream):
         stall_s: seconds without any progress after which the peer is cut; noticed within 1.25 times of it.
 
     Attributes:
+        patience_s: seconds for the whole of one write, however well it goes. A peer who is seen to take something when they
+            are over has until the next look: it may be our loop that was late, not he.
         on_progress: called whenever the peer is seen to take something of a write that has to wait for it. What handed
             the bytes over and keeps a clock of its own learns by it that the peer is slow, not stuck. Must not block.
     """
 
     def __init__(self, sock: trio.socket.SocketType, stall_s: float) -> None:
         self.socket = sock
+        self.patience_s = math.inf
         self.on_progress: Callable[[], None] | None = None
         self._stall_s = stall_s
 
@@ -50,28 +54,41 @@ class PeerStream(trio.abc.HalfCloseableStream):
         """Send all of `data`.
 
         Raises:
-            trio.BrokenResourceError: the peer is gone, or took nothing for `stall_s` and was cut for it.
+            trio.BrokenResourceError: the peer is gone, or was cut: he took nothing for `stall_s`, or not all in `patience_s`.
             trio.ClosedResourceError: our side was closed, or shut for writing.
         """
         if self.socket.did_shutdown_SHUT_WR:
             raise trio.ClosedResourceError("this side is shut for writing")
-        sent, queued = 0, None
-        gives_up_at = trio.current_time() + self._stall_s
+        sent, taken = 0, None
+        start = trio.current_time()
+        gives_up_at, ends_at = start + self._stall_s, start + self.patience_s
+        look_s = min(self._stall_s, self.patience_s) / _LOOKS_PER_STALL
+        is_late = False
         try:
             while sent < len(data):
-                with trio.move_on_after(self._stall_s / _LOOKS_PER_STALL) as scope, memoryview(data)[sent:] as rest:
+                look_at = trio.current_time() + look_s
+                if not is_late:
+                    look_at = min(look_at, ends_at)
+                with trio.CancelScope(deadline=look_at) as scope, memoryview(data)[sent:] as rest:
                     sent += await self.socket.send(rest)
-                    queued, gives_up_at = None, trio.current_time() + self._stall_s
+                    gives_up_at = trio.current_time() + self._stall_s
                 if not scope.cancelled_caught:
                     if sent < len(data):
                         self._note_progress()
                     continue
-                still_queued = self._unacknowledged()
-                if queued is None or still_queued < queued:
-                    if queued is not None:
+                taken_before, taken = taken, sent - self._unacknowledged()
+                is_moving = taken_before is None or taken > taken_before
+                now = trio.current_time()
+                if now >= ends_at:
+                    if is_late or not is_moving:
+                        self.abort()
+                        raise trio.BrokenResourceError("the peer did not take all in time")
+                    is_late = True
+                if is_moving:
+                    if taken_before is not None:
                         self._note_progress()
-                    queued, gives_up_at = still_queued, trio.current_time() + self._stall_s
-                elif trio.current_time() >= gives_up_at:
+                    gives_up_at = now + self._stall_s
+                elif now >= gives_up_at:
                     self.abort()
                     raise trio.BrokenResourceError("the peer took no byte for too long")
         except OSError as error:
