@@ -28,10 +28,11 @@ STREAM = {"model": "qwen", "stream": True}
 EVENT = b"data: 1\n\n"
 CHUNKED = "transfer-encoding: chunked"
 
-#: Seconds in which a body must go on, a head must be whole, a stream must begin.
+#: Seconds in which a body must go on, a head must be whole, a stream must begin. The sibling is held to them too: a machine that
+#: stands still for a moment must not cut him.
 STALL_S = 1.5
-HEAD_S = 0.5
-FIRST_BYTE_S = 1.0
+HEAD_S = 1.0
+FIRST_BYTE_S = 3.0
 CONFIG = BrokerConfig(peer_stall_s=STALL_S, first_byte_s=FIRST_BYTE_S, max_body_bytes=64 * KIB)
 
 
