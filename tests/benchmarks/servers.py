@@ -9,6 +9,7 @@ Each prints one line of JSON: its port, and for ours a client's, a publisher's a
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -136,6 +137,7 @@ async def serve_wakecall(*, is_wide: bool = False) -> None:
             admin = await broker.create_key("admin")
             urls = await nursery.start(serve, broker, ServeConfig(port=0))
             port = int(urls[0].rsplit(":", 1)[1])
+            gc.freeze()  # as `wakecall serve` does once it listens
             _say(port=port, client=client.secret, publisher=publisher.secret, admin=admin.secret)
 
 
