@@ -54,12 +54,14 @@ class PeerStream(trio.abc.HalfCloseableStream):
         """Send all of `data`.
 
         Raises:
-            trio.BrokenResourceError: the peer is gone, or was cut: he took nothing for `stall_s`, or not all in `patience_s`.
+            trio.BrokenResourceError: the peer is gone, or was cut: he took nothing for `stall_s`, or not all in
+                `patience_s`.
             trio.ClosedResourceError: our side was closed, or shut for writing.
         """
         if self.socket.did_shutdown_SHUT_WR:
             raise trio.ClosedResourceError("this side is shut for writing")
-        sent, taken = 0, None
+        sent = 0
+        taken: int | None = None
         start = trio.current_time()
         gives_up_at, ends_at = start + self._stall_s, start + self.patience_s
         look_s = min(self._stall_s, self.patience_s) / _LOOKS_PER_STALL
