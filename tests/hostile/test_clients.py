@@ -28,8 +28,8 @@ STREAM = {"model": "qwen", "stream": True}
 EVENT = b"data: 1\n\n"
 CHUNKED = "transfer-encoding: chunked"
 
-#: Seconds in which a body must go on, a head must be whole, a stream must begin. The sibling is held to them too: a machine that
-#: stands still for a moment must not cut him.
+#: Seconds in which a body must go on, a head must be whole, a stream must begin. The sibling is held to them too: a machine
+#: that stands still for a moment must not cut him.
 STALL_S = 1.5
 HEAD_S = 1.0
 FIRST_BYTE_S = 3.0

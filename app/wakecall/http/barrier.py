@@ -43,6 +43,7 @@ logger = logging.getLogger("wakecall.server")
 
 _MAX_RECEIVE_BYTES = 64 * 1024
 _MAX_PIPELINED_BYTES = 64 * 1024
+_WRITES_PER_TURN = 16
 
 
 def install_barrier() -> None:
@@ -70,10 +71,12 @@ class Connection(TCPServer):
         self._patience = trio.CancelScope(deadline=trio.current_time() + self._settings.keep_alive_s)
         self._waits = _Waits.FOR_A_REQUEST
         self._pause: trio.CancelScope | None = None
+        self._is_plain = False
         self._is_greeted = False
         self._is_known = False
         self._makes_way = False
         self._dropped_bytes = 0
+        self._writes_until_a_turn = _WRITES_PER_TURN
 
     async def run(self) -> None:
         """Serve the connection to its end. Nothing that goes wrong in it leaves this method, cancellation excepted."""
@@ -151,19 +154,33 @@ class Connection(TCPServer):
         if self._is_over:
             await trio.lowlevel.checkpoint()
             return
+        try:
+            sent = 0
+            if self._is_plain and not self.send_lock.locked():
+                # Nearly always all of it: neither lock nor scopes nor a turn of the loop are worth their time then.
+                sent = self._peer.send_now(data)
+            if sent < len(data):
+                await self._write_rest(memoryview(data)[sent:])
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            if not self._is_over:
+                await self._http.handle(Closed())
+        self._writes_until_a_turn -= 1
+        if not self._writes_until_a_turn:
+            # An app that does nothing but send has taken the others' turns for long enough.
+            self._writes_until_a_turn = _WRITES_PER_TURN
+            await trio.lowlevel.checkpoint()
+        # An app that does nothing but send can be cancelled only here; after the write, lest one is left out.
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def _write_rest(self, data: memoryview) -> None:
         if not self._is_known:
             self._barrier.unread[self] = None
         try:
             with trio.CancelScope(shield=True):
                 async with self.send_lock:
                     await self.stream.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            if not self._is_over:
-                await self._http.handle(Closed())
         finally:
             self._barrier.unread.pop(self, None)
-        # An app that does nothing but send can be cancelled only here; after the write, lest one is left out.
-        await trio.lowlevel.checkpoint_if_cancelled()
 
     # The connection's own task -----------------------------------------------------------------------------------
 
@@ -174,6 +191,7 @@ class Connection(TCPServer):
         self.stream = self._peer  # type: ignore[assignment]
         certificates = self._barrier.certificates
         is_tls = certificates is not None
+        self._is_plain = not is_tls
         if not self._barrier.make_room():
             await self._turn_away(is_tls)
             return

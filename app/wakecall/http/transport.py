@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import math
+import os
 import socket
 import struct
 from collections.abc import Callable
@@ -24,6 +25,9 @@ __all__ = ["PeerStream"]
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _LOOKS_PER_STALL = 8
+
+#: Sockets can be read and written as files.
+_HAS_PLAIN_DESCRIPTORS = os.name == "posix"
 
 
 class PeerStream(trio.abc.HalfCloseableStream):
@@ -49,6 +53,27 @@ class PeerStream(trio.abc.HalfCloseableStream):
         self.patience_s = math.inf
         self.on_progress: Callable[[], None] | None = None
         self._stall_s = stall_s
+
+    def send_now(self, data: bytes | bytearray | memoryview) -> int:
+        """Hand over what the kernel takes without waiting.
+
+        Returns:
+            Bytes that it took, from the first on.
+
+        Raises:
+            trio.BrokenResourceError: the peer is gone.
+            trio.ClosedResourceError: our side was closed, or shut for writing.
+        """
+        if self.socket.did_shutdown_SHUT_WR:
+            raise trio.ClosedResourceError("this side is shut for writing")
+        if not _HAS_PLAIN_DESCRIPTORS:
+            return 0
+        try:
+            return os.write(self.socket.fileno(), data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise trio.BrokenResourceError(f"cannot write: {error}") from error
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`.
@@ -110,8 +135,14 @@ class PeerStream(trio.abc.HalfCloseableStream):
             trio.BrokenResourceError: the connection is broken.
             trio.ClosedResourceError: our side was closed.
         """
+        size = max_bytes or 64 * 1024
         try:
-            return await self.socket.recv(max_bytes or 64 * 1024)
+            # What a peer says is seldom there before it is waited for: Trio's own recv looks in vain, waits, and looks again.
+            while _HAS_PLAIN_DESCRIPTORS and self.socket.fileno() >= 0:
+                await trio.lowlevel.wait_readable(self.socket)
+                with contextlib.suppress(BlockingIOError):
+                    return os.read(self.socket.fileno(), size)
+            return await self.socket.recv(size)
         except OSError as error:
             raise trio.BrokenResourceError(f"cannot read: {error}") from error
 
