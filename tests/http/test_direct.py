@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from quart import Response
 
 from tests.http.served import JSON, Served, as_bytes, head, wait_until
@@ -163,6 +164,19 @@ async def test_both_ways_open_the_same_channel_and_notice_its_end_at_once(served
     assert await opened("content-length: 2000000", body=b"x" * 1000) == sorted([*short, b"connection: close"])
     served.app.before_request(lambda: None)
     assert await opened() == short
+
+
+async def test_an_idle_channel_keeps_three_tasks(served: Served) -> None:
+    """Its connection, its handler and its session's own: thousands of them say nothing for hours."""
+    await served.register("laptop", {"name": "qwen"})
+    await trio.testing.wait_all_tasks_blocked(0.01)
+    before = trio.lowlevel.current_statistics().tasks_living
+    async with served.server.connect() as wire:
+        await wire.send(head("GET", FRAMES))
+        while b"event: hello" not in await wire.read_some():
+            pass
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert trio.lowlevel.current_statistics().tasks_living - before == 3
 
 
 def test_headers_are_found_in_any_spelling_and_in_order() -> None:
