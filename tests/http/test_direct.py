@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from quart import Response
 
 from tests.http.served import JSON, Served, as_bytes, head, wait_until
-from wakecall.http.direct import RawHeaders
+from wakecall.http.raw import RawHeaders
 
 CHAT = "/v1/chat/completions"
+FRAMES = "/publisher/v1/sessions/laptop/frames"
 CALL = {"model": "qwen", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -46,15 +48,17 @@ async def answered(served: Served, target: str = CHAT) -> int:
     return statuses[0]
 
 
-async def test_calls_results_and_heartbeats_go_past_quart_and_nothing_else_does(served: Served) -> None:
+async def test_calls_results_heartbeats_and_channels_go_past_quart_and_nothing_else_does(served: Served) -> None:
     seen = Dispatches(served)
     assert await answered(served) == 200
-    assert seen.paths == ["/publisher/v1/sessions/laptop", "/publisher/v1/sessions/laptop/frames"]
+    assert seen.paths == ["/publisher/v1/sessions/laptop"]
     seen.paths.clear()
     for target in (f"{CHAT}/", "/v1/chat%2Fcompletions/x", "/publisher/v1/tasks/a b/result"):
         assert (await served.ask("POST", target.replace(" ", "%20"), JSON, body=b"{}")).status == 404
     assert (await served.ask("GET", CHAT)).status == 405
-    assert len(seen.paths) == 4
+    for method in ("HEAD", "POST"):  # a HEAD would open a channel and end the one before
+        assert (await served.ask(method, FRAMES)).status == 405
+    assert len(seen.paths) == 6
 
 
 @pytest.mark.parametrize("kind", ["before_request", "after_request", "teardown_request", "url_value_preprocessor"])
@@ -90,6 +94,10 @@ async def test_both_ways_make_the_same_answers(served: Served) -> None:
 
     async def answers() -> list[Any]:
         found = []
+        for target in (FRAMES, "/publisher/v1/sessions/none/frames"):
+            for headers in (), ("origin: https://evil.example",):
+                answer = await served.ask("GET", target, *headers, "x-request-id: mine")
+                found.append((answer.status, sorted(answer.headers.items()), json.loads(answer.body)))
         for target, headers, body in (
             (CHAT, (JSON,), as_bytes({"model": "nobody"})),
             (CHAT, (JSON,), b"{"),
@@ -107,7 +115,7 @@ async def test_both_ways_make_the_same_answers(served: Served) -> None:
     short = await answers()
     served.app.before_request(lambda: None)
     assert short == await answers()
-    assert [status for status, *_ in short] == [404, 400, 415, 403, 404, 400, 404, 400]
+    assert [status for status, *_ in short] == [404, 403, 404, 403, 404, 400, 415, 403, 404, 400, 404, 400]
 
 
 async def test_a_client_who_leaves_is_noticed_at_once(served: Served) -> None:
@@ -136,6 +144,39 @@ async def test_a_peer_who_sends_all_of_it_before_he_reads_gets_his_answer(served
         await wire.send(b"x" * size)
         answer = await wire.read_answer("POST")
     assert answer.status == 415
+
+
+async def test_both_ways_open_the_same_channel_and_notice_its_end_at_once(served: Served) -> None:
+    async def opened(*headers: str, body: bytes = b"") -> list[bytes]:
+        text = b""
+        async with served.server.connect() as wire:
+            await wire.send(head("GET", FRAMES, *headers, "x-request-id: mine") + body)
+            while b"event: hello" not in text:
+                text += await wire.read_some()
+            assert served.broker.statistics().channels == 1
+        await wait_until(lambda: served.broker.statistics().channels == 0)
+        lines = text.partition(b"\r\n\r\n")[0].split(b"\r\n")
+        return sorted(line for line in lines if not line.startswith(b"date:"))
+
+    await served.register("laptop", {"name": "qwen"})
+    short = await opened()
+    # What it brings is dropped, also what is still to come.
+    assert await opened("content-length: 2000000", body=b"x" * 1000) == sorted([*short, b"connection: close"])
+    served.app.before_request(lambda: None)
+    assert await opened() == short
+
+
+async def test_an_idle_channel_keeps_three_tasks(served: Served) -> None:
+    """Its connection, its handler and its session's own: thousands of them say nothing for hours."""
+    await served.register("laptop", {"name": "qwen"})
+    await trio.testing.wait_all_tasks_blocked(0.01)
+    before = trio.lowlevel.current_statistics().tasks_living
+    async with served.server.connect() as wire:
+        await wire.send(head("GET", FRAMES))
+        while b"event: hello" not in await wire.read_some():
+            pass
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert trio.lowlevel.current_statistics().tasks_living - before == 3
 
 
 def test_headers_are_found_in_any_spelling_and_in_order() -> None:

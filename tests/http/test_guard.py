@@ -488,6 +488,36 @@ async def test_the_end_is_told_whatever_the_handler_is_stuck_in(app: App) -> Non
     assert app.events == ["told at once", "told while writing"]
 
 
+async def test_the_end_is_told_to_who_attends_whatever_he_is_stuck_in() -> None:
+    """By the connection's own task: nobody asks for messages."""
+    started, ended, release = trio.Event(), trio.Event(), trio.Event()
+    told: list[str] = []
+
+    async def handler(scope: Any, receive: Any, send: Any) -> None:
+        exchange, handling = current_exchange_of(scope), trio.CancelScope()
+        assert exchange.attend(handling)
+        exchange.on_disconnect(ended.set)
+        started.set()
+        with handling, trio.CancelScope(shield=True):
+            await release.wait()
+            assert exchange.client_is_gone
+            exchange.on_disconnect(lambda: told.append("told at once"))
+        assert handling.cancel_called
+
+    async with open_server(http_app(Guard(handler))) as server, server.connect() as wire:
+        await wire.send(request_bytes("GET", "/"))
+        try:
+            await started.wait()
+            await wire.half_close()
+            await ended.wait()
+            assert await wire.read_to_end() == b"", "the socket is closed though the handler is stuck"
+        finally:
+            release.set()
+        while server.barrier.connections:
+            await trio.testing.wait_all_tasks_blocked()
+    assert told == ["told at once"]
+
+
 async def test_no_end_is_told_after_the_last_message(app: App, mock_clock: trio.testing.MockClock) -> None:
     """Hypercorn's own `http.disconnect` is withheld: the connection goes back to idle, serves on, and times out."""
     mock_clock.rate = 1

@@ -22,12 +22,13 @@ from .answers import Answer, StreamBody, error_answer, no_content
 from .auth import refuse_foreign, refuse_other_origins
 from .client import add_client_routes
 from .cors import Cors
-from .direct import Direct, RawRequest, has_hooks
+from .direct import Direct, has_hooks
 from .errors import from_http_exception
 from .guard import BodyBudget, Guard, GuardSettings, current_exchange_of
 from .naming import add_naming_routes
 from .ops import add_ops_routes
 from .publisher import add_publisher_routes
+from .raw import RawRequest
 from .results import add_results_route
 from .routes import Routes
 from .usage import add_usage_routes

@@ -21,7 +21,7 @@ from ..errors import Forbidden, InternalError, InvalidApiKey, WakecallError
 from ..faults import stacks_of
 from ..keyring import Caller
 from ..models import Role
-from .direct import RawHeaders, RawRequest
+from .raw import RawHeaders, RawRequest
 from .sockets import is_loopback
 
 __all__ = ["authenticate", "check_again", "refuse_foreign", "refuse_other_origins"]

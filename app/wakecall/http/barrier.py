@@ -66,6 +66,7 @@ class Connection(TCPServer):
 
     def __init__(self, app: Any, config: Config, context: Any, state: Any, stream: Any) -> None:
         super().__init__(app, config, context, state, stream)
+        del self.idle_task  # `_patience` stands for it
         self._barrier = barrier_of(config)
         self._settings = self._barrier.settings
         self._patience = trio.CancelScope(deadline=trio.current_time() + self._settings.keep_alive_s)

@@ -14,9 +14,9 @@ from ..errors import InvalidRequest, UnsupportedEncoding
 from ..keyring import Caller
 from ..models import Role
 from .auth import authenticate
-from .direct import RawRequest
 from .guard import Exchange, current_exchange_of
 from .parsing import decode
+from .raw import RawRequest
 from .turns import Turns
 
 __all__ = ["Call", "begin", "look_into", "one_header", "read_json", "refuse_encoded", "turns_of_the_loop"]

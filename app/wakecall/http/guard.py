@@ -4,7 +4,7 @@ Quart buffers a body without limit, takes the end of its own answer for the peer
 fails. So the guard stands between server and Quart and owns three things:
 
 * **The body.** Quart is told at once that there is none. Its reader task, which goes on asking for messages, is the
-  pump: pieces wait in the `Exchange`, two at most, until the handler takes one; only then is another asked for. So a
+  pump: pieces wait (`intake`), two at most, until the handler takes one; only then is another asked for. So a
   handler that stands still closes the kernel's window, and nothing is spawned for it.
 * **The end.** `http.disconnect` before the answer's last message means that the peer is gone: callbacks run at that
   moment, whatever the handler is stuck in, then Quart hears it and cancels the handler. After the last message it is
@@ -19,18 +19,16 @@ server, which says on its own when the peer is gone, and nothing is spawned for 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import dataclass
-from math import inf
 from typing import Any, Protocol
 
 import trio
 
-from ..errors import InternalError, RequestTimeout, RequestTooLarge
+from ..errors import InternalError
 from ..faults import leaves_of, stacks_of
 from .budget import BodyBudget
 from .cors import Cors
+from .intake import BodyStream, ClientGone, GuardSettings, Intake
 from .refusal import error_body, error_headers, marks_of, pick_request_id
 
 __all__ = ["BodyBudget", "BodyStream", "ClientGone", "Exchange", "Guard", "GuardSettings", "current_exchange_of"]
@@ -45,24 +43,6 @@ ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 
 EXCHANGE_KEY = "wakecall.exchange"
 _MARKS = frozenset({b"x-request-id", b"x-content-type-options", b"content-security-policy"})
-
-
-class ClientGone(Exception):
-    """The peer broke off: its body will never be whole. Nobody's fault, and nobody is there to be answered."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuardSettings:
-    """
-    Args:
-        body_stall_s: seconds that `Exchange.read_body` waits for the next byte of a body, and
-        body_s: seconds for all of it: a byte now and then would hold its connection for ever.
-        drain_bytes: bytes of an unwanted body that are read and dropped while the answer is made.
-    """
-
-    body_stall_s: float = 60.0
-    body_s: float = 900.0
-    drain_bytes: int = 1 << 20
 
 
 class _Connection(Protocol):
@@ -120,44 +100,42 @@ def current_exchange_of(scope: Scope) -> Exchange:
     return exchange
 
 
-class Exchange:
+class Exchange(Intake):
     """One request and its answer, as the handler sees them. Made by `Guard`; over when the app returns.
 
-    All that changes: the pieces of the body that nobody took yet, whether the body is complete or unwanted, whether
-    the peer is gone, how far the answer is.
+    All that changes: what `Intake` has of the body, whether the peer is gone, how far the answer is.
     """
 
+    __slots__ = (
+        "_added_headers",
+        "_callbacks",
+        "_connection",
+        "_handling",
+        "_marks",
+        "_request_id",
+        "_send",
+        "_tell_end",
+        "_told_app",
+        "_was_cut",
+        "_watches_progress",
+    )
+
     def __init__(self, scope: Scope, receive: Receive, send: Send, guard: Guard) -> None:
-        self._receive = receive
+        super().__init__(scope, receive, guard.settings, guard.budget)
         self._send = send
-        self._settings = guard.settings
-        self._budget = guard.budget
         extensions = scope.get("extensions") or {}
         self._connection: _Connection | None = extensions.get("wakecall.connection")
         self._tell_end: Callable[[Callable[[], None]], None] | None = extensions.get("wakecall.on_end")
-        self._attended: trio.CancelScope | None = None
-        self._path: str = scope["path"]
+        self._handling: trio.CancelScope | None = None
         headers = scope["headers"]
         self._request_id = self._connection.request_id if self._connection else pick_request_id(headers)
         self._marks = guard.cors.marks(self._path, headers) if guard.cors is not None else []
-        self._declared_bytes, self._expects_continue = _framing_of(headers)
 
         self._added_headers: list[tuple[bytes, bytes]] = []
         self._told_app = False
-        self._pieces: deque[bytes] = deque()
-        self._complete = False
-        self._dropping = False
-        self._dropped_bytes = 0
-        self._body_taken = self._reading = False
-        self._arrival: trio.Event | None = None
-        self._room: trio.Event | None = None
-        self._held_bytes = 0
-        self._key_id: str | None = None
-
-        self._gone = False
         self._callbacks: list[Callable[[], None]] = []
         self._watches_progress = False
-        self._started = self._finished = self._was_cut = False
+        self._was_cut = False
 
     # The handler's side --------------------------------------------------------------------------------------------
 
@@ -165,11 +143,6 @@ class Exchange:
     def request_id(self) -> str:
         """The caller's `x-request-id` if well-formed, else a fresh one. Every answer carries it."""
         return self._request_id.decode("ascii")
-
-    @property
-    def declared_bytes(self) -> int | None:
-        """The request's Content-Length; None for a chunked body, 0 for no body."""
-        return self._declared_bytes
 
     @property
     def client_is_gone(self) -> bool:
@@ -195,53 +168,6 @@ class Exchange:
         self._key_id = key_id
         if self._connection is not None:
             self._connection.vouch()
-
-    async def read_body(self, max_bytes: int) -> bytes:
-        """The whole body. It counts against the budget until `release_body` or the end of the exchange.
-
-        Args:
-            max_bytes: the largest body that is taken.
-
-        Raises:
-            RequestTooLarge: more was declared, or arrived.
-            QueueFull: the budget of all requests is used up, or his key's share of it.
-            RequestTimeout: not a byte arrived for `body_stall_s`, or not all of it in `body_s`.
-            ClientGone: the peer left before the body was complete.
-        """
-        self._claim_body()
-        if self._declared_bytes is not None and self._declared_bytes > max_bytes:
-            raise RequestTooLarge(f"The body is larger than {max_bytes} bytes.")
-        self._reading = True
-        # One array, for a list of tiny pieces would weigh many times what is in them.
-        body = bytearray()
-        due = trio.current_time() + self._settings.body_s
-        try:
-            while (piece := await self._next_piece(self._settings.body_stall_s, due)) is not None:
-                if self._held_bytes + len(piece) > max_bytes:
-                    raise RequestTooLarge(f"The body is larger than {max_bytes} bytes.")
-                self._budget.take(len(piece), self._key_id, for_client=self._path.startswith("/v1/"))
-                self._held_bytes += len(piece)
-                body += piece
-        except Exception:
-            self.release_body()
-            raise
-        finally:
-            self._reading = False
-        return bytes(body)
-
-    def release_body(self) -> None:
-        """Give back what `read_body` took from the budget: nobody holds the body any more."""
-        self._budget.give_back(self._held_bytes, self._key_id)
-        self._held_bytes = 0
-
-    def stream_body(self) -> BodyStream:
-        """The body's pieces (of at most 64 KiB) as they arrive; the peer is held back until each was taken.
-
-        No deadline holds here: wrap `anext` in a scope of your own. One that is cancelled loses nothing.
-        """
-        self._claim_body()
-        self._reading = True
-        return BodyStream(self)
 
     def add_headers(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Have these in the answer, whoever makes it. Names in lower case; after the head has gone out they are not."""
@@ -297,7 +223,7 @@ class Exchange:
         """
         if self._tell_end is None:
             return False
-        self._attended = scope
+        self._is_attended, self._handling = True, scope
         self._tell_end(self._leave)
         return True
 
@@ -317,8 +243,8 @@ class Exchange:
             return
         if not self._was_cut:
             self._lose_client()
-        if self._attended is not None:
-            self._attended.cancel()
+        if self._handling is not None:
+            self._handling.cancel()
 
     async def _drop_the_rest(self) -> None:
         self._drop_body()
@@ -410,119 +336,3 @@ class Exchange:
             except Exception as error:
                 logger.error("request %s: on_disconnect failed: %s", self.request_id, stacks_of(error))
         self._wake_handler()
-
-    # The body ------------------------------------------------------------------------------------------------------
-
-    def _claim_body(self) -> None:
-        if self._body_taken:
-            raise RuntimeError("the body of a request can be read once")
-        self._body_taken = True
-        self._wake_pump()
-
-    async def _next_piece(self, stall_s: float = inf, due: float = inf) -> bytes | None:
-        """The next piece, None at a complete body's end. Cancelled, it has taken nothing.
-
-        Raises:
-            RequestTimeout: nothing arrived for `stall_s` seconds, or until `due` (`trio.current_time()`).
-            ClientGone: the peer left before the end, or what it sent was dropped: the answer came first.
-        """
-        while not self._pieces:
-            if self._complete and not self._dropped_bytes:
-                return None
-            if self._gone or self._dropping:
-                raise ClientGone
-            if stall_s == inf:
-                await self._wait_arrival()
-                continue
-            with trio.CancelScope(deadline=min(trio.current_time() + stall_s, due)) as scope:
-                await self._wait_arrival()
-            if scope.cancelled_caught:
-                raise RequestTimeout("The request's body did not arrive in time.")
-        piece = self._pieces.popleft()
-        self._wake_pump()
-        return piece
-
-    async def _wait_arrival(self) -> None:
-        """Block until there is something new. Cancelled, it has taken nothing."""
-        if self._attended is None:
-            self._arrival = trio.Event()
-            await self._arrival.wait()
-            return
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self._arrive(message.get("body", b""), more=message.get("more_body", False))
-        else:
-            raise ClientGone
-
-    async def _wait_until_wanted(self) -> None:
-        """Block while the next piece must not be asked for: that is what holds the peer back."""
-        while True:
-            if self._dropping:
-                held_back = self._dropped_bytes > self._settings.drain_bytes and not self._finished
-            elif self._expects_continue and not self._body_taken and not self._started:
-                held_back = True
-            else:
-                # One more than the handler has in hand: behind a small body's only piece stand its end and the peer's.
-                held_back = len(self._pieces) > 1
-            if not held_back:
-                return
-            self._room = trio.Event()
-            await self._room.wait()
-
-    def _arrive(self, body: bytes, *, more: bool) -> None:
-        if self._dropping:
-            self._dropped_bytes += len(body)
-        elif body:
-            self._pieces.append(body)
-        self._complete = self._complete or not more
-        self._wake_handler()
-
-    def _drop_body(self) -> None:
-        self._dropping = True
-        self._dropped_bytes += sum(map(len, self._pieces))
-        self._pieces.clear()
-        self._wake_pump()
-        self._wake_handler()
-
-    def _wake_handler(self) -> None:
-        if self._arrival is not None:
-            self._arrival.set()
-
-    def _wake_pump(self) -> None:
-        if self._room is not None:
-            self._room.set()
-
-
-class BodyStream:
-    """An async iterator over a body's pieces. Ends only at a complete body.
-
-    Raises, from `anext`:
-        ClientGone: the peer left before the end.
-    """
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-
-    def __aiter__(self) -> BodyStream:
-        return self
-
-    async def __anext__(self) -> bytes:
-        piece = await self._exchange._next_piece()
-        if piece is None:
-            self._exchange._reading = False
-            raise StopAsyncIteration
-        return piece
-
-
-def _framing_of(headers: Any) -> tuple[int | None, bool]:
-    """The declared length (None: chunked), and whether the peer waits to be asked for its body. h11 checked both."""
-    declared: int | None = 0
-    expects = False
-    for name, value in headers:
-        if name == b"transfer-encoding":
-            declared = None
-        elif name == b"content-length" and declared is not None:
-            declared = int(value.partition(b",")[0])
-        elif name == b"expect" and value.strip().lower() == b"100-continue":
-            expects = True
-    return declared, expects and declared != 0

@@ -8,7 +8,6 @@ meanwhile, for it is also what notices the peer's end.
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import unquote
@@ -126,7 +125,7 @@ class Inbox:
     __slots__ = ("_before_first", "_full", "_messages", "_news", "_on_end", "_over", "_room")
 
     def __init__(self, before_first: Callable[[], Awaitable[None]]) -> None:
-        self._messages: deque[Any] = deque()
+        self._messages: list[Any] = []
         self._before_first: Callable[[], Awaitable[None]] | None = before_first
         self._over = self._full = False
         self._on_end: Callable[[], None] | None = None
@@ -169,7 +168,7 @@ class Inbox:
                 return {"type": "http.disconnect"}
             self._news = trio.Event()
             await self._news.wait()
-        message = self._messages.popleft()
+        message = self._messages.pop(0)
         if message.get("body"):
             self._full = False
             self._set_room()
@@ -225,6 +224,8 @@ class Http11(H11Protocol):
         cors: Cors | None = None,
     ) -> None:
         super().__init__(*others)
+        # Hypercorn's own way to hold a pipelined request back: unused, and half a kilobyte of an idle connection.
+        del self.can_read
         self._max_header_bytes = max_header_bytes
         self._max_headers = max_headers
         self._is_closing = is_closing

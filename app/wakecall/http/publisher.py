@@ -259,6 +259,7 @@ def add_publisher_routes(routes: Routes, broker: Broker) -> None:
         answer=_FRAMES,
         errors=(SessionNotFound, ShuttingDown),
         has_head=False,
+        is_hot=True,
     )
     async def frames(call: Call, session_id: str) -> Answer:
         """Open the session's control channel."""

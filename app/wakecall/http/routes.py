@@ -28,7 +28,8 @@ from ..models import Role
 from .answers import Answer
 from .auth import check_again
 from .calls import Call, begin, one_header, read_json
-from .direct import Direct, RawRequest, Serve
+from .direct import Direct, Serve
+from .raw import RawRequest
 from .shown import Id, Name
 
 __all__ = ["HELD_BODY", "Content", "Declared", "Header", "Media", "Query", "Route", "Routes"]
@@ -191,7 +192,7 @@ class Routes:
             errors: what it can end with beyond what any route of its kind can.
             name: of the operation; the handler's own when left out.
             has_head: whether a HEAD is answered as a GET without its body.
-            is_hot: a POST that comes thousands of times a second: not by Quart's dispatch (`direct`).
+            is_hot: comes thousands of times a second, or stays open by the thousand: not by Quart's dispatch (`direct`).
         """
         if not isinstance(answer, Mapping):
             answer = {"204" if answer is None else "200": answer}
@@ -204,9 +205,10 @@ class Routes:
             view = handler if serve is None else _view(serve)
             self.app.add_url_rule(rule, named, view, methods=[method])
             if is_hot:
-                assert method == "POST"
                 assert serve is not None
-                self.direct.add(rule, named, view, serve)
+                # Quart answers a HEAD by the view of a GET; here nobody would leave its body out.
+                assert method != "GET" or not has_head
+                self.direct.add(method, rule, named, view, serve)
             if not has_head:
                 for each in self.app.url_map.iter_rules(named):
                     assert each.methods is not None

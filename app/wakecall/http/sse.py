@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Final
 
 import trio
@@ -32,12 +31,13 @@ class FramesBody(StreamBody):
     def __init__(self, channel: Channel, keepalive_s: float) -> None:
         self._channel = channel
         self._keepalive_s = keepalive_s
-        self._taken: deque[Frame] = deque()
+        # The last first. No deque: an empty one holds more than all else here, and is empty for hours.
+        self._taken: list[Frame] = []
 
     async def __anext__(self) -> bytes:
         if not self._taken:
             with trio.move_on_after(self._keepalive_s) as patience:
-                self._taken.extend(await self._channel.receive())
+                self._taken = (await self._channel.receive())[::-1]
             if patience.cancelled_caught:
                 return KEEPALIVE
             if not self._taken:
@@ -45,7 +45,7 @@ class FramesBody(StreamBody):
         # What is taken shares its bodies with their infers; what is encoded is a copy, for as long as the write takes.
         written = bytearray()
         while self._taken and len(written) < _WRITE_BYTES:
-            written += encode(self._taken.popleft())
+            written += encode(self._taken.pop())
         return bytes(written)
 
     async def aclose(self) -> None:
