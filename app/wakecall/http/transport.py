@@ -137,7 +137,7 @@ class PeerStream(trio.abc.HalfCloseableStream):
         """
         size = max_bytes or 64 * 1024
         try:
-            # What a peer says is seldom there before it is waited for: Trio's own recv looks in vain, waits, and looks again.
+            # What a peer says is seldom there before it is waited for: Trio's own recv looks, waits, looks again.
             while _HAS_PLAIN_DESCRIPTORS and self.socket.fileno() >= 0:
                 await trio.lowlevel.wait_readable(self.socket)
                 with contextlib.suppress(BlockingIOError):

@@ -142,13 +142,19 @@ class SharedUpload:
                 await self._broker.send_results(_Records(self))
             except BrokerLost as error:
                 again = self._is_open
+                if again:
+                    backoff.reset()
                 logger.info("the shared upload broke: %s", error)
             except BrokerRefused as error:
+                # The broker may still hold one of ours that broke without its noticing.
+                again = error.code == "result_in_progress"
                 logger.info("the broker ended the shared upload: %s", error)
         if self._patience.cancelled_caught:
-            logger.info("the shared upload is given up: the broker says nothing of it; is there a proxy that buffers?")
-        if self._is_open:
-            backoff.reset()
+            again = self._is_open
+            if again:
+                logger.info("the shared upload is broken: its answers are not acknowledged any more")
+            else:
+                logger.info("the shared upload is given up: the broker says nothing of it; is there a proxy that buffers?")
         left = self._close()
         self._posting = len(left)
         self._review()
