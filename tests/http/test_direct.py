@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
-from quart import Response
+from quart import Response, signals
 
-from tests.http.served import JSON, Served, as_bytes, head, wait_until
+from tests.http.served import JSON, Served, as_bytes, head, open_served, wait_until
+from tests.http.wire import Answer
+from wakecall.errors import WakecallError
 from wakecall.http.raw import RawHeaders
 
 CHAT = "/v1/chat/completions"
 FRAMES = "/publisher/v1/sessions/laptop/frames"
 CALL = {"model": "qwen", "messages": [{"role": "user", "content": "hello"}]}
+
+
+async def wire_ask(served: Served, method: str, target: str, *headers: str, body: bytes = b"") -> Answer:
+    """Of an app that an embedder has changed, whose answers no description knows."""
+    async with served.server.connect() as wire:
+        await wire.send(head(method, target, *headers, f"content-length: {len(body)}") + body)
+        return await wire.read_answer(method)
 
 
 class Dispatches:
@@ -78,6 +88,41 @@ async def test_a_hook_of_an_embedder_sees_every_request(served: Served, kind: st
     assert len(seen) == 5
 
 
+@pytest.mark.parametrize(
+    "kind", ["error handler", "error handler of a status", "teardown_appcontext", "request_started"]
+)
+async def test_what_an_embedder_hears_of_errors_and_requests_he_hears_of_hot_ones_too(
+    served: Served, kind: str
+) -> None:
+    heard: list[str] = []
+
+    async def on_error(error: Exception) -> Response:
+        heard.append(type(error).__name__)
+        return Response(b"mine", 418)
+
+    async def on_signal(*_: Any, **__: Any) -> None:
+        heard.append(kind)
+
+    with contextlib.ExitStack() as stack:
+        if kind == "error handler":
+            served.app.register_error_handler(WakecallError, on_error)
+        elif kind == "error handler of a status":
+            served.app.register_error_handler(404, on_error)
+        elif kind == "teardown_appcontext":
+            served.app.teardown_appcontext(on_signal)
+        else:
+            stack.enter_context(signals.request_started.connected_to(on_signal, served.app))
+        answer = await wire_ask(served, "POST", CHAT, JSON, body=as_bytes({"model": "nobody"}))
+        nowhere = await wire_ask(served, "GET", "/nowhere")
+    if kind == "error handler":
+        assert (answer.status, answer.body, heard) == (418, b"mine", ["ModelNotFound"])
+        assert nowhere.status == 404
+    elif kind == "error handler of a status":
+        assert (answer.status, nowhere.status, heard) == (404, 418, ["NotFound"])
+    else:
+        assert (answer.status, nowhere.status, heard) == (404, 404, [kind, kind])
+
+
 async def test_a_view_of_an_embedder_stands_in_for_ours(served: Served) -> None:
     async def view() -> Response:
         return Response(b"mine", 202, content_type="text/plain")
@@ -116,6 +161,21 @@ async def test_both_ways_make_the_same_answers(served: Served) -> None:
     served.app.before_request(lambda: None)
     assert short == await answers()
     assert [status for status, *_ in short] == [404, 403, 404, 403, 404, 400, 415, 403, 404, 400, 404, 400]
+
+
+@pytest.mark.parametrize("host", ["a..b", ".a", "a.", "-a", "a_b", "[::1]", "x" * 63, "x" * 64, "%41", ""])
+async def test_a_host_is_judged_alike_on_both_ways(host: str) -> None:
+    """Of a broker with keys, which takes any name for its own."""
+    found = []
+    for is_hooked in (False, True):
+        async with open_served() as served:
+            if is_hooked:
+                served.app.before_request(lambda: None)
+            assert (await served.ask("POST", "/admin/v1/keys", JSON, body=b'{"role": "admin"}')).status == 201
+            answer = await served.ask("POST", CHAT, JSON, body=as_bytes({"model": "nobody"}), host=host)
+            found.append((answer.status, answer.code))
+    assert found[0] == found[1]
+    assert found[0][0] == (400 if host in ("a..b", ".a", "x" * 64) else 401)
 
 
 async def test_a_client_who_leaves_is_noticed_at_once(served: Served) -> None:

@@ -3,19 +3,19 @@
 Of a relayed infer that dispatch (request object, contexts, URL map, a nursery with a reader task, response object and back)
 was a third of all that it cost, and a sixth of what an idle channel held; none of it is used by these handlers. `Direct`
 stands between guard and Quart. It takes a request whose method and path are, to the letter, those of a route declared as
-`hot`, and leaves everything else to Quart, as well as everything as soon as somebody has added hooks to the app or a view of
-his own. Both ways go through the same door
-(`admit`) and the same handler (`routes.Serve`), and make the same answer.
+`hot`, and leaves everything else to Quart. Where somebody has put a view of his own in a hot route's place, Quart serves
+that route; where somebody has put anything around all requests (`has_hooks`), Quart serves everything. Both ways go through
+the same door (`admit`) and the same handler (`routes.Serve`), and make the same answer.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Final, NamedTuple
 
 import trio
-from quart import Quart
+from quart import Quart, signals
 
 from ..errors import WakecallError
 from .answers import Answer, StreamBody, error_answer
@@ -33,16 +33,43 @@ _PLACEHOLDER: Final = re.compile(r"<(\w+)>")
 Serve = Callable[..., Awaitable[Answer]]
 
 
-def has_hooks(app: Quart) -> bool:
-    """Whether somebody has put anything around an app's requests."""
+#: What Quart says of each request to whoever listens.
+_SIGNALS: Final = (
+    signals.request_started,
+    signals.request_finished,
+    signals.request_tearing_down,
+    signals.got_request_exception,
+    signals.appcontext_pushed,
+    signals.appcontext_popped,
+    signals.appcontext_tearing_down,
+)
+
+
+def has_hooks(app: Quart, own: Collection[Any] = ()) -> bool:
+    """Whether somebody has put anything around an app's requests: a hook, an error handler, a listener to a signal.
+
+    Args:
+        app: Quart's.
+        own: error handlers that do not count.
+    """
     # Quart's own look-ups leave empty lists behind.
-    hooks = (
+    for by_blueprint in (
         app.before_request_funcs,
         app.after_request_funcs,
         app.teardown_request_funcs,
         app.url_value_preprocessors,
-    )
-    return any(by_blueprint and any(by_blueprint.values()) for by_blueprint in hooks)
+    ):
+        if by_blueprint and any(by_blueprint.values()):
+            return True
+    for signal in _SIGNALS:
+        if signal.receivers:
+            return True
+    for by_code in app.error_handler_spec.values():
+        for handlers in by_code.values():
+            for handler in handlers.values():
+                if handler not in own:
+                    return True
+    return bool(app.teardown_appcontext_funcs)
 
 
 class _Hot(NamedTuple):
@@ -58,12 +85,14 @@ class Direct:
     """Pure ASGI: `Direct(app, admit)` in front of a Quart app's own.
 
     Args:
-        app: Quart's; its hooks and views are looked at for each request.
+        app: Quart's; its views are looked at for each request.
         admit: what stands before every request (`app._App.admit`). Raises WakecallError.
+        is_hooked: whether everything is to go through Quart.
     """
 
-    def __init__(self, app: Quart, admit: Callable[[Any], None]) -> None:
+    def __init__(self, app: Quart, admit: Callable[[Any], None], is_hooked: Callable[[], bool]) -> None:
         self._app = app
+        self._is_hooked = is_hooked
         self._quart: ASGIApp = app.asgi_app
         self._admit = admit
         self._plain: dict[tuple[str, str], _Hot] = {}
@@ -96,7 +125,7 @@ class Direct:
                 if match := pattern.fullmatch(scope["path"]):
                     found, in_path = hot, match.groups()
                     break
-        if found is None or scope.get("root_path") or has_hooks(self._app) or not found.is_still_there(self._app):
+        if found is None or scope.get("root_path") or self._is_hooked() or not found.is_still_there(self._app):
             return None
         return found.serve, in_path
 

@@ -40,8 +40,10 @@ _TARGET = re.compile(rb"[A-Z-]{1,32} (/[!-~]*?)[ ?#]")
 
 _METHOD = re.compile(rb"[A-Z][A-Z-]*")
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
-# RFC 9112, 3.2 with RFC 3986's reg-name, IPv4 and bracketed IPv6; no userinfo.
-_HOST = re.compile(rb"(?:[A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+# RFC 9112, 3.2 with RFC 3986's reg-name (its labels as long as RFC 1035's, for what finds a route by them refuses others),
+# IPv4 and bracketed IPv6; no userinfo.
+_LABEL = rb"[A-Za-z0-9_~%!$&'()*+,;=-]{1,63}"
+_HOST = re.compile(rb"(?:(?:%b(?:\.%b)*\.?)?|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?" % (_LABEL, _LABEL))
 
 
 def objection_to(request: h11.Request, max_header_bytes: int, max_headers: int) -> WakecallError | None:

@@ -154,7 +154,9 @@ class SharedUpload:
             if again:
                 logger.info("the shared upload is broken: its answers are not acknowledged any more")
             else:
-                logger.info("the shared upload is given up: the broker says nothing of it; is there a proxy that buffers?")
+                logger.info(
+                    "the shared upload is given up: the broker says nothing of it; is there a proxy that buffers?"
+                )
         left = self._close()
         self._posting = len(left)
         self._review()
