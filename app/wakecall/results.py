@@ -87,7 +87,7 @@ class Results:
             self._on_over = callback
 
     def feed(self, data: bytes) -> None:
-        """Take the next piece, with all records that it completes. Nothing once it is over.
+        """Take the next piece, with all records that it completes. Nothing once it is over, as it is when this has raised.
 
         Raises:
             InvalidRequest: what comes is no record. Those before it are taken; then it is over.

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 from quart import Response, signals
 
-from tests.http.served import JSON, Served, as_bytes, head, open_served, wait_until
+from tests.http.served import JSON, SSE, Served, as_bytes, head, open_served, wait_until
 from tests.http.wire import Answer
 from wakecall.errors import WakecallError
 from wakecall.http.raw import RawHeaders
@@ -161,6 +161,72 @@ async def test_both_ways_make_the_same_answers(served: Served) -> None:
     served.app.before_request(lambda: None)
     assert short == await answers()
     assert [status for status, *_ in short] == [404, 403, 404, 403, 404, 400, 415, 403, 404, 400, 404, 400]
+
+
+EVENT = b'data: {"n": 1}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("is_stream", "headers", "pieces", "is_whole"),
+    [
+        (False, (JSON,), [b'{"n": 1}'], True),
+        (False, (JSON,), [b'"' + b"x" * 200_000 + b'"'], True),
+        (False, (JSON,), [b'{"n"'], False),
+        (False, (JSON, "wakecall-status: 429"), [b'{"error": "slow down"}'], True),
+        (False, ("wakecall-status: 204",), [], True),
+        (False, ("content-type: audio/mpeg",), [b"ID3", b"x" * 100_000], True),
+        (False, ("content-type: audio/mpeg",), [b"ID3"], False),
+        (False, ("content-type: application/x-ndjson",), [b"{}\n", b"{}\n"], True),
+        (True, (SSE,), [EVENT, EVENT, b"data: [DONE]\n\n"], True),
+        (True, (SSE,), [EVENT], False),
+        (True, (JSON, "wakecall-status: 400"), [b'{"error": "no"}'], True),
+    ],
+    ids=[
+        "plain",
+        "large",
+        "broken",
+        "error",
+        "no content",
+        "raw",
+        "raw, cut",
+        "ndjson",
+        "events",
+        "events, cut",
+        "refused",
+    ],
+)
+async def test_both_ways_pass_the_same_answers_on(
+    is_stream: bool, headers: tuple[str, ...], pieces: list[bytes], is_whole: bool
+) -> None:
+    """Head, body and end, to the client and to his publisher."""
+    found = []
+    for is_hooked in (False, True):
+        async with open_served() as served, served.publishing() as publisher:
+            if is_hooked:
+                served.app.before_request(lambda: None)
+            body = {**CALL, "stream": is_stream}
+            async with served.calling(body, CHAT, JSON, "x-request-id: mine") as reading:
+                frame = await publisher.next("infer")
+                told = None
+                async with publisher.upload(frame, *headers, "x-request-id: mine") as upload:
+                    for piece in pieces:
+                        await upload.send(piece)
+                    if is_whole:
+                        answer = await upload.finish()
+                        told = answer.status, dict(answer.headers), answer.body
+                    elif is_stream or "audio" in headers[0]:
+                        await reading.read_head()
+                        assert await reading.piece() == pieces[0]
+                if not reading.status:
+                    await reading.read_head()
+                rest = await reading.rest()
+                found.append((reading.status, reading.headers, rest, told))
+    for _, client_headers, _, told in found:
+        client_headers.pop("date", None)
+        if told is not None:
+            told[1].pop("date", None)
+    assert found[0] == found[1]
+    assert found[0][1]["x-request-id"] == "mine"
 
 
 @pytest.mark.parametrize("host", ["a..b", ".a", "a.", "-a", "a_b", "[::1]", "x" * 63, "x" * 64, "%41", ""])

@@ -327,7 +327,8 @@ class Uploads:
 class Clocked:
     def __init__(self, nursery: trio.Nursery) -> None:
         self.broker = Uploads()
-        self.shared = SharedUpload(self.broker, keepalive_s=15.0)  # type: ignore[arg-type]
+        self.refused: list[str] = []
+        self.shared = SharedUpload(self.broker, 15.0, lambda: self.refused.append("key"))  # type: ignore[arg-type]
         nursery.start_soon(self.shared.run)
 
     async def open(self) -> Clocked:
@@ -485,6 +486,17 @@ async def test_what_cannot_be_posted_either_has_failed(
         await one.shared.wait_settled()
         assert sorted(one.broker.posted) == sorted(ids)
         assert sorted(one.broker.failed) == (sorted(ids) if fails else [])
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_key_that_is_refused_meanwhile_is_the_agents_to_know(autojump_clock: MockClock) -> None:
+    async with trio.open_nursery() as nursery:
+        one = await Clocked(nursery).open()
+        assert one.give("t1")
+        one.broker.end, one.broker.refusal = BrokerLost("reset"), BrokerRefused(401, "invalid_api_key", "x")
+        one.broker.ended.set()
+        await one.shared.wait_settled()
+        assert one.refused == ["key"]
         nursery.cancel_scope.cancel()
 
 

@@ -40,8 +40,8 @@ class Answer(TrioResponse):
 class StreamBody(ResponseBody):
     """A body that comes piece by piece, and holds something until it ends: `aclose` lets go of that.
 
-    Quart enters it after the head has gone out. The app's connection calls `aclose` in any case, also if a peer that left
-    at the wrong moment meant that it was never entered.
+    Whoever sends it calls `aclose` in any case, also if a peer that left at the wrong moment meant that not one piece was
+    asked for. On Quart's way it is entered besides, behind the head.
     """
 
     async def __aenter__(self) -> AsyncIterator[bytes]:

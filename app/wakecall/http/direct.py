@@ -26,7 +26,7 @@ __all__ = ["Direct", "Serve", "has_hooks"]
 
 #: What may stand between two slashes of a hot path; anything else is Quart's to judge.
 _SEGMENT: Final = "([A-Za-z0-9_-]{1,128})"
-_PLACEHOLDER: Final = re.compile(r"<(\w+)>")
+_PLACEHOLDER: Final = re.compile(r"<\w+>")
 
 
 #: A hot route's handler: the request, then what is in its path.
@@ -104,7 +104,8 @@ class Direct:
         if "<" not in rule:
             self._plain[method, rule] = hot
         else:
-            self._patterns.setdefault(method, []).append((re.compile(_PLACEHOLDER.sub(_SEGMENT, rule)), hot))
+            literals = (re.escape(part) for part in _PLACEHOLDER.split(rule))
+            self._patterns.setdefault(method, []).append((re.compile(_SEGMENT.join(literals)), hot))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         found = self._find(scope) if scope["type"] == "http" else None

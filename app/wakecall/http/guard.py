@@ -252,7 +252,7 @@ class Exchange(Intake):
         while (await self._receive_for_app())["type"] != "http.disconnect":
             pass
 
-    # What Quart calls
+    # What is called for the app
 
     async def _receive_for_app(self) -> Message:
         if not self._told_app:

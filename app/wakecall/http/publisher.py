@@ -150,8 +150,8 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 _FRAMES: Final = Media(
-    "The channel: one event for each frame (`hello`, `infer`, `wake`, `cancel`, `bye`), its data one line of JSON; "
-    "comments between them. It stays open.",
+    "The channel: one event for each frame (`hello`, `infer`, `wake`, `cancel`, `results`, `bye`), its data one line of "
+    "JSON; comments between them. It stays open.",
     {"text/event-stream": str},
 )
 _ENGINES_BODY: Final = Media("The engine's body, byte for byte, with its own Content-Type.", {"*/*": None})

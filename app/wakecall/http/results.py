@@ -26,7 +26,7 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 def add_results_route(routes: Routes, broker: Broker) -> None:
-    """Put it there."""
+    """Put the shared upload's route into `routes`; its records go to `broker`."""
 
     @routes.add(
         "POST",

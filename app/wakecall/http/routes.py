@@ -206,6 +206,8 @@ class Routes:
             self.app.add_url_rule(rule, named, view, methods=[method])
             if is_hot:
                 assert serve is not None
+                assert not query
+                assert "<path:" not in rule
                 # Quart answers a HEAD by the view of a GET; here nobody would leave its body out.
                 assert method != "GET" or not has_head
                 self.direct.add(method, rule, named, view, serve)

@@ -279,7 +279,7 @@ class _Agent:
                 self._heartbeat_interval_s = frame.heartbeat_interval_s
                 self._shared = None
                 if "results" in frame.features and self._config.upload == "stream":
-                    self._shared = SharedUpload(self._broker, frame.keepalive_s)
+                    self._shared = SharedUpload(self._broker, frame.keepalive_s, self._heartbeat_at_once)
                     epoch.start_soon(self._shared.run)
                 self._emit(ChannelOpen(frame.epoch))
                 self._report_started()

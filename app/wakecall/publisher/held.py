@@ -11,9 +11,10 @@ from typing import Final
 
 import trio
 
+from ..records import MAX_ANSWER_BYTES
 from .engine import EngineFailed
 from .pieces import Buffer
-from .shared import MAX_ANSWER_BYTES, SharedUpload
+from .shared import SharedUpload
 from .wire import BrokerClient, BrokerError
 
 __all__ = ["send_held"]

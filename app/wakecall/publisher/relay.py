@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import trio
 
 from ..faults import stacks_of
+from ..records import MAX_ANSWER_BYTES
 from ..rewrite import replace_model
 from .config import PublisherConfig
 from .engine import Engine, EngineAnswer, EngineFailed, EngineRefused
@@ -16,9 +17,9 @@ from .events import InferFinished, InferOutcome, InferStarted, PublisherEvent
 from .held import send_held
 from .pieces import send_in_pieces
 from .power import WakeError
-from .shared import MAX_ANSWER_BYTES, SharedUpload
+from .shared import SharedUpload
 from .swap import Sleep
-from .wire import BrokerClient, BrokerError, BrokerLost, BrokerRefused, Infer
+from .wire import BrokerClient, BrokerError, BrokerLost, BrokerRefused, Infer, sayable
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ class Relay:
 
     async def _share(self, shared: SharedUpload, answer: EngineAnswer, first: bytes) -> bool:
         """Send an answer on the shared upload, if it is one for it; whether it has been sent at all."""
-        task_id, status, content_type = self.frame.task_id, answer.status, _spoken(answer.content_type)
+        task_id, status, content_type = self.frame.task_id, answer.status, sayable(answer.content_type)
         if not first or len(first) == answer.length:
             if given := shared.give(task_id, status, content_type, first):
                 self.uploaded += len(first)
@@ -260,14 +261,9 @@ class Relay:
         return True
 
 
-def _spoken(content_type: str | None) -> str | None:
-    # An engine's header that is not ASCII means nothing to anybody, and its answer is worth more than it.
-    if content_type is None or not (content_type.isascii() and content_type.isprintable()):
-        return None
-    return content_type
-
-
 def _is_plain(content_type: str | None) -> bool:
-    """Whether the broker would not pass its beginning on before its end either."""
+    """Whether the broker holds an answer of this type until it has all of it; others it passes on as they come."""
     media_type = (content_type or "").partition(";")[0].strip().lower()
-    return media_type in ("application/json", "text/plain") or media_type.endswith("+json")
+    if media_type.startswith("application/"):
+        return media_type == "application/json" or media_type.endswith("+json")
+    return media_type.startswith("text/") and media_type != "text/event-stream"

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 import trio
 
-from ..records import MAX_ANSWER_BYTES, encode_record
+from ..records import encode_record
 from .backoff import Backoff
 from .wire import BrokerClient, BrokerError, BrokerLost, BrokerRefused
 
-__all__ = ["MAX_ANSWER_BYTES", "SharedUpload"]
+__all__ = ["SharedUpload"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +61,12 @@ class SharedUpload:
     Args:
         broker: where to.
         keepalive_s: an upload with nothing to carry says so as often.
+        on_key_refused: called when the broker does not know us any more.
     """
 
-    def __init__(self, broker: BrokerClient, keepalive_s: float) -> None:
+    def __init__(self, broker: BrokerClient, keepalive_s: float, on_key_refused: Callable[[], None]) -> None:
         self._broker = broker
+        self._on_key_refused = on_key_refused
         self._keepalive_s = keepalive_s
         # The entire mutable state.
         self._is_opening = False  # it is under way, and the broker has not said that it reads it
@@ -185,6 +187,9 @@ class SharedUpload:
                 )
             except BrokerError as error:
                 if not (isinstance(error, BrokerRefused) and error.is_over):
+                    if isinstance(error, BrokerRefused) and error.status == 401:
+                        self._on_key_refused()
+                    logger.warning("the answer of task %s is lost: %s", given.task_id, error)
                     await self._report(given.task_id, error)
         self._posting -= 1
         self._review()

@@ -23,6 +23,14 @@ AGENT_NAME = "wakecall"
 _T = TypeVar("_T")
 
 
+def sayable(content_type: str | None) -> str | None:
+    """An engine's content type if it can be passed on. One that is not printable ASCII means nothing to anybody, and the
+    answer is worth more than it."""
+    if content_type is None or not (content_type.isascii() and content_type.isprintable()):
+        return None
+    return content_type
+
+
 class BrokerError(Exception):
     """A request to the broker did not succeed."""
 
@@ -315,8 +323,7 @@ class BrokerClient:
         offset: int | None,
     ) -> None:
         headers = {"wakecall-status": str(status)}
-        if content_type is not None and content_type.isascii():
-            # An engine's header that is not ASCII means nothing to anybody, and its answer is worth more than it.
+        if (content_type := sayable(content_type)) is not None:
             headers["content-type"] = content_type
         if offset is not None:
             headers["wakecall-offset"] = str(offset)
