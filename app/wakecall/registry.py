@@ -390,12 +390,10 @@ class Registry:
         inactivated: list[str] = []
         deleted: list[str] = []
         decision = self._decide_sweep(now)
-        while decision.stale or decision.expired or decision.unused:
+        while decision.has_work:
             self._retire(decision, inactivated, deleted)
+            await trio.lowlevel.checkpoint()
             decision = self._decide_sweep(now)
-            if decision.stale or decision.expired or decision.unused:
-                await trio.lowlevel.checkpoint()
-                decision = self._decide_sweep(now)  # some of them may have come back, or be gone
         return SweepReport(tuple(inactivated), tuple(deleted))
 
     def _decide_sweep(self, now: float) -> SweepDecision:

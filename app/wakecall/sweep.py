@@ -24,6 +24,11 @@ class SweepDecision:
     expired: tuple[str, ...]
     unused: tuple[str, ...]
 
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.stale or self.expired or self.unused)
+
 
 def decide(
     live: Iterable[LLM],

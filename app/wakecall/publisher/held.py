@@ -64,17 +64,8 @@ async def send_held(
     buffer = Buffer(MAX_ANSWER_BYTES + 1)
     ended: Exception | None = None
 
-    async def fill() -> None:
-        try:
-            async for chunk in chunks:
-                await buffer.put(chunk)
-        except EngineFailed as error:
-            buffer.end(error)
-        else:
-            buffer.end()
-
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(fill)
+        nursery.start_soon(buffer.fill_from, chunks)
         with trio.move_on_after(_HOLD_S):
             await buffer.wait_full()
         try:

@@ -22,7 +22,13 @@ _LONGEST_PAUSE_S = 5.0
 
 
 class Buffer:
-    """What the engine has sent and the broker has not been given; bounded, one reader and one writer."""
+    """What the engine has sent and the broker has not been given; bounded, one reader and one writer.
+
+    Attributes:
+        ended: nothing more comes into it.
+        error: with which the engine's body ended.
+        is_discarding: what comes is dropped.
+    """
 
     def __init__(self, bound: int) -> None:
         self._bound = bound
@@ -31,6 +37,16 @@ class Buffer:
         self._changed = trio.Event()
         self.error: Exception | None = None
         self.is_discarding = False
+
+    async def fill_from(self, chunks: AsyncIterator[bytes]) -> None:
+        """Put all of an engine's body there, and its end, which may be an `EngineFailed`."""
+        try:
+            async for chunk in chunks:
+                await self.put(chunk)
+        except EngineFailed as error:
+            self.end(error)
+        else:
+            self.end()
 
     def _notify(self) -> None:
         self._changed.set()
@@ -103,17 +119,8 @@ async def send_in_pieces(
     refused: BrokerError | None = None
     offset = 0
 
-    async def fill() -> None:
-        try:
-            async for chunk in chunks:
-                await buffer.put(chunk)
-        except EngineFailed as error:
-            buffer.end(error)
-        else:
-            buffer.end()
-
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(fill)
+        nursery.start_soon(buffer.fill_from, chunks)
         try:
             while piece := await buffer.take():
                 post = partial(broker.send_chunk, task_id, piece, status=status, content_type=content_type)
