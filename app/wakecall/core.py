@@ -11,7 +11,7 @@ from . import loading, views
 from .access import Access
 from .accounting import Accounting
 from .config import BrokerConfig
-from .directory import Directory, Row
+from .directory import Directory
 from .dispatch import Dispatcher
 from .errors import ModelNotFound
 from .faults import stacks_of
@@ -21,6 +21,7 @@ from .ledger import CellKey, Usage
 from .models import Event, Snapshot, Statistics
 from .naming import Naming
 from .registry import Registry
+from .row import Row
 from .store.base import Store
 from .upload import Intake
 

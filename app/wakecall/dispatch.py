@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import trio
 
-from .directory import Pool, Row, Target
 from .errors import (
     ModelOffline,
     PublisherDisconnected,
@@ -17,6 +16,7 @@ from .frames import CancelReason
 from .infers import Infers
 from .lifecycle import RowEvent
 from .models import Kind, Status
+from .row import Pool, Row, Target
 from .session import Channel
 from .task import Infer, InferState
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final, cast
 import trio
 
 from .deadlines import Deadline
-from .directory import Directory, Row
+from .directory import Directory
 from .errors import (
     InferCancelled,
     ModelNotFound,
@@ -37,6 +37,7 @@ from .frames import CancelReason
 from .keyring import Claim
 from .models import InferRequest, InferSettled
 from .placing import Place
+from .row import Row
 from .stopping import Stops
 from .task import Due, Infer, InferState, Outcome
 from .taskids import TaskIds

@@ -15,10 +15,11 @@ from typing import Any, Final, TypeVar
 import trio
 
 from . import lifecycle
-from .directory import Directory, Row
+from .directory import Directory
 from .drafts import changed_llm, changed_session
 from .lifecycle import RowEvent
 from .models import LLM, Kind, SessionRecord, Snapshot, Status
+from .row import Row
 from .session import Session
 
 __all__ = ["load"]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from . import views
-from .directory import Directory, Row
+from .directory import Directory
 from .dispatch import Dispatcher
 from .errors import InvalidRequest, ModelNotFound, NotFound, StoreUnavailable, TooMany
 from .models import (
@@ -29,6 +29,7 @@ from .models import (
     is_llm_name,
 )
 from .registry import Registry
+from .row import Row
 
 __all__ = ["MAX_FALLBACKS", "Naming"]
 

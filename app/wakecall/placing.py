@@ -7,10 +7,11 @@ from typing import Final, NamedTuple
 
 import trio
 
-from .directory import Directory, Pool, Row, Target
+from .directory import Directory
 from .fairness import Lane
 from .models import InferRequest, Status
 from .placement import Decision, LineLoad, Placement, RowLoad, choose, estimate_wait
+from .row import Pool, Row, Target
 from .task import Infer, InferState
 
 __all__ = ["Full", "Place", "Placer", "is_hopeful"]

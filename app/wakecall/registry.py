@@ -7,7 +7,6 @@ methods of `Broker` await the commit where the protocol promises one.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Final
@@ -15,12 +14,11 @@ from typing import Final
 import trio
 
 from . import lifecycle, sweep
-from .directory import Directory, Row
+from .directory import Directory
 from .dispatch import Dispatcher
 from .drafts import changed_llm
 from .errors import (
     InvalidRequest,
-    LLMIsPublic,
     LLMIsVirtual,
     LLMNameTaken,
     ModelNotFound,
@@ -50,16 +48,15 @@ from .models import (
     is_id,
     is_llm_name,
 )
+from .row import Row
 from .session import Channel, Session, run_session
+from .specs import check_spec, check_specs
 from .sweep import SweepDecision
 
 __all__ = ["Registry"]
 
 _REGISTER: Final = {Status.ACTIVE: RowEvent.REGISTER_ACTIVE, Status.HIBERNATING: RowEvent.REGISTER_HIBERNATING}
 _REPORT: Final = {Status.ACTIVE: RowEvent.REPORT_ACTIVE, Status.HIBERNATING: RowEvent.REPORT_HIBERNATING}
-
-#: The largest that a row may name (protocol.md, Register).
-_MAX_CONCURRENCY: Final = 100_000
 
 #: Rows, sessions and infers that one step of a sweep may end: a millisecond or two. What hangs on one channel ends at once.
 _SWEPT_AT_ONCE: Final = 64
@@ -103,7 +100,7 @@ class Registry:
             raise StoreUnavailable
         session = directory.sessions.get(session_id)
         self._check_session(session, session_id, owner)
-        self._check_specs(session_id, specs, owner)
+        check_specs(self._directory, session_id, specs, owner)
 
         if session is None:
             session = directory.add_session(
@@ -137,82 +134,6 @@ class Registry:
             raise SessionTaken
         if session is None and self._directory.owned.get(owner, 0) >= self._config.max_sessions_per_owner:
             raise TooMany(f"An owner has at most {self._config.max_sessions_per_owner} sessions.")
-
-    def _check_specs(self, session_id: str, specs: Sequence[LLMSpec], owner: str) -> None:
-        limit = self._config.max_llms_per_session
-        if len(specs) > limit:
-            raise TooMany(f"A session has at most {limit} models.", param="llms")
-        seen: set[str] = set()
-        for index, spec in enumerate(specs):
-            where = f"llms[{index}].name"
-            if not is_llm_name(spec.name):
-                raise InvalidRequest("This is no valid name for a model.", param=where)
-            if spec.name in seen:
-                raise InvalidRequest("The same name stands twice.", param=where)
-            self._check_spec(spec, f"llms[{index}]")
-            seen.add(spec.name)
-            self._check_pool(spec, f"llms[{index}]", owner)
-            row = self._directory.rows.get(spec.name)
-            if row is None:
-                continue
-            llm = row.llm
-            if llm.kind is Kind.PUBLIC:
-                raise LLMIsPublic(param=where)
-            if llm.owner != owner:
-                raise LLMNameTaken(param=where)
-            if llm.session_id != session_id and llm.status is not Status.INACTIVE:
-                raise LLMNameTaken(param=where)
-        for index, spec in enumerate(specs):
-            if spec.pool in seen:
-                raise LLMNameTaken("A pool cannot have the name of a model.", param=f"llms[{index}].pool")
-        self._check_pool_sizes(specs)
-        fresh = sum(1 for name in seen if name not in self._directory.rows)
-        # Rows outlive a goodbye: else sessions that come and go could fill the memory.
-        self._directory.check_room_for(fresh, owner, "llms")
-
-    def _check_spec(self, spec: LLMSpec, where: str) -> None:
-        if spec.status is Status.INACTIVE:
-            raise InvalidRequest("A status is active or hibernating.", param=f"{where}.status")
-        if spec.max_concurrency is not None and not 1 <= spec.max_concurrency <= _MAX_CONCURRENCY:
-            message = f"A concurrency is 1 to {_MAX_CONCURRENCY}; leave it out for no bound."
-            raise InvalidRequest(message, param=f"{where}.max_concurrency")
-        if spec.wake_s is not None and not 0 < spec.wake_s < math.inf:
-            raise InvalidRequest("A wake takes some seconds.", param=f"{where}.wake_s")
-        for name in ("queue_s", "first_byte_s", "idle_s", "total_s"):
-            value = getattr(spec, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InvalidRequest("A budget is some seconds.", param=f"{where}.{name}")
-
-    def _check_pool(self, spec: LLMSpec, where: str, owner: str) -> None:
-        """Rows and pools have their names from one stock, and a pool is one owner's: else whoever likes could join it, and
-        be sent what its callers say."""
-        directory = self._directory
-        if spec.name in directory.pools:
-            raise LLMNameTaken("This is the name of a pool.", param=f"{where}.name")
-        if spec.group is not None and not is_llm_name(spec.group):
-            raise InvalidRequest("This is no valid name for a group.", param=f"{where}.group")
-        if spec.pool is None:
-            return
-        if not is_llm_name(spec.pool):
-            raise InvalidRequest("This is no valid name for a pool.", param=f"{where}.pool")
-        if spec.pool in directory.rows:
-            raise LLMNameTaken("A pool cannot have the name of a model.", param=f"{where}.pool")
-        pool = directory.pools.get(spec.pool)
-        if pool is not None and pool.owner != owner:
-            raise LLMNameTaken("This pool is another owner's.", param=f"{where}.pool")
-
-    def _check_pool_sizes(self, specs: Sequence[LLMSpec]) -> None:
-        sizes: dict[str, int] = {}
-        for index, spec in enumerate(specs):
-            if spec.pool is None:
-                continue
-            pool = self._directory.pools.get(spec.pool)
-            rows: Mapping[str, Row] = {} if pool is None else pool.rows
-            size = sizes.get(spec.pool, len(rows)) + (spec.name not in rows)
-            if size > self._config.max_llms_per_pool:
-                most = self._config.max_llms_per_pool
-                raise TooMany(f"A pool has at most {most} models.", param=f"llms[{index}].pool")
-            sizes[spec.pool] = size
 
     def _register_row(self, session: Session, spec: LLMSpec, now: float) -> RegisteredLLM:
         directory, record = self._directory, session.record
@@ -449,7 +370,7 @@ class Registry:
         name = spec.name
         if not is_llm_name(name):
             raise InvalidRequest("This is no valid name for a model.", param="name")
-        self._check_spec(spec, "llm")
+        check_spec(spec, "llm")
         if key_env is not None and not is_upstream_variable(key_env):
             raise InvalidRequest("A key is read from a variable named WAKECALL_UPSTREAM_….", param="key_env")
         if name in directory.pools:

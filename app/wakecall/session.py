@@ -30,8 +30,8 @@ from .frames import ByeReason, CancelReason, Frame
 from .models import SessionRecord
 
 if TYPE_CHECKING:
-    from .directory import Row
     from .results import Results
+    from .row import Row
     from .stopping import Stopping
     from .task import Infer
     from .wake import Wake

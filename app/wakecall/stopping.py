@@ -10,8 +10,9 @@ from .deadlines import Deadline
 from .models import SlotReleased
 
 if TYPE_CHECKING:
-    from .directory import Directory, Row
+    from .directory import Directory
     from .dispatch import Dispatcher
+    from .row import Row
     from .session import Channel
     from .task import Infer
 

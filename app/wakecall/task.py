@@ -27,8 +27,8 @@ from .models import InferRequest
 from .usage import UsageMeter, meter_for
 
 if TYPE_CHECKING:
-    from .directory import Pool, Row
     from .keyring import Claim
+    from .row import Pool, Row
     from .session import Channel
     from .upload import Upload
 

@@ -7,8 +7,9 @@ from typing import Literal
 
 import trio
 
-from .directory import Directory, Pool, Row
+from .directory import Directory
 from .models import Kind, LLMView, PoolView, SessionView, Statistics, Status, TaskView
+from .row import Pool, Row
 from .session import Session
 from .task import Infer
 from .wake import Wake

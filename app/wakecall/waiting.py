@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Final, cast
 import trio
 
 from .deadlines import Deadline
-from .directory import Directory, Pool, Row, Target
+from .directory import Directory
 from .errors import DeadlineExceeded, ModelOffline, Phase, PublisherLostWhileWaking, WakecallError
 from .frames import CancelReason
 from .models import Status
 from .placing import Place, Placer, is_hopeful
+from .row import Pool, Row, Target
 from .task import Infer, InferState, Outcome
 from .waking import Waker
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from .deadlines import Deadline
 
 if TYPE_CHECKING:
-    from .directory import Row
+    from .row import Row
     from .session import Channel
     from .upload import Upload
 

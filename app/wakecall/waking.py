@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Literal
 import trio
 
 from .deadlines import Deadline
-from .directory import Directory, Pool, Row
+from .directory import Directory
 from .errors import PublisherLostWhileWaking, ShuttingDown, WakecallError, WakeTimeout
 from .fairness import Lane
 from .frames import CancelReason
 from .lifecycle import RowEvent
 from .models import Status, WakeSettled
 from .placement import choose_wake
+from .row import Pool, Row
 from .wake import Wake
 
 if TYPE_CHECKING:

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from wakecall.config import BrokerConfig
-from wakecall.directory import Directory, Row, Target
+from wakecall.directory import Directory
 from wakecall.journal import Journal
 from wakecall.models import LLM, InferRequest, Status
 from wakecall.placement import LineLoad, Placement, choose
 from wakecall.placing import Placer
+from wakecall.row import Row, Target
 from wakecall.session import Session
 from wakecall.store.base import MemoryStore
 from wakecall.task import Infer

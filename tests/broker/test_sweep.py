@@ -10,9 +10,9 @@ import trio
 
 from tests.broker.helpers import CALL, start_call, statuses, view
 from wakecall import BrokerConfig, LLMSpec, MemoryStore, Status
-from wakecall.directory import Row
 from wakecall.errors import ModelOffline
 from wakecall.models import Batch, SessionRecord
+from wakecall.row import Row
 from wakecall.testing import FakePublisher, open_test_broker
 
 ACTIVE, HIBERNATING, INACTIVE = Status.ACTIVE, Status.HIBERNATING, Status.INACTIVE

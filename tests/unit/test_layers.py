@@ -30,8 +30,8 @@ class Layer(NamedTuple):
 LAYERS = {
     # Decisions and data: no Trio, no I/O, no clock.
     "pure": Layer(
-        "lifecycle placement sweep frames models errors config addresses keys limits faults fairness health usage ledger"
-        " rewrite drafts",
+        "lifecycle placement sweep frames models events errors config addresses keys limits faults fairness health usage"
+        " ledger rewrite drafts",
         "",
         "",
     ),
@@ -43,8 +43,8 @@ LAYERS = {
     # Trio, but neither HTTP nor SQL nor a socket.
     "broker": Layer(
         "taskids"
-        " broker core publishing operating session wake task channel directory dispatch journal local registry access"
-        " keyring upload views naming accounting hosting"
+        " broker core publishing operating session wake task channel row specs directory dispatch journal local registry"
+        " access keyring upload views naming accounting hosting"
         " bytestream deadlines waking loading stopping infers placing waiting results",
         "pure records store",
         "trio",
