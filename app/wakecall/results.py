@@ -79,6 +79,12 @@ class Results:
         channel.results = self
         channel.send_results(0)
 
+    @property
+    def counted(self) -> int:
+        """How many records may be acknowledged: all that have been taken, but for a wake that is not committed yet and what
+        came after it."""
+        return self.taken if self._commit is None or self._commit.went_well else self._held_at
+
     def on_over(self, callback: Callable[[], None]) -> None:
         """Have `callback` called, once and synchronously, if this ends before its sender has ended it."""
         if self.is_over:
@@ -166,20 +172,15 @@ class Results:
             return
         self._intake.feed_wake(task, answer)
         if self._intake.settle_wake(task, head.status):
-            if self._commit is None:
+            if self._commit is None or self._commit.went_well:
                 self._held_at = self.taken - 1
             self._commit = self._directory.journal.commit()  # it carries those before it, too
 
     def _tell(self) -> None:
         """Acknowledge what may be, and look again at the rest."""
-        may_tell = self.taken
-        if self._commit is not None:
-            if self._commit.failed:
-                self._commit = self._directory.journal.commit()
-            if self._commit.went_well:
-                self._commit = None
-            else:
-                may_tell = self._held_at
+        if self._commit is not None and self._commit.failed:
+            self._commit = self._directory.journal.commit()
+        may_tell = self.counted
         if may_tell > self._told:
             self._told = may_tell
             self._channel.send_results(may_tell)

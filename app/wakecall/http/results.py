@@ -49,4 +49,4 @@ def add_results_route(routes: Routes, broker: Broker) -> None:
                     if results.is_over:
                         break
                 await results.finish()
-            return json_answer(Ended(results.taken))
+            return json_answer(Ended(results.counted))

@@ -87,6 +87,8 @@ class SharedUpload:
 
     def give(self, task_id: str, status: int, content_type: str | None, answer: bytes) -> bool:
         """Have an answer sent; False: it is not taken, for now or for good."""
+        if not 200 <= status <= 599:
+            return False  # no record has it, and one that is none would end the upload of all others
         if (
             not self._is_open
             or len(self._unacknowledged) >= _MOST_UNACKNOWLEDGED
