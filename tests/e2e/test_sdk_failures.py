@@ -147,8 +147,9 @@ def told(error: Exception) -> str:
 
 @pytest.fixture
 async def broker(tmp_path: Path) -> AsyncIterator[BrokerProcess]:
-    """Its patience is short, so that deadlines and comments come soon."""
-    settings = {"waiting_s": 0.2, "first_byte_s": 1.0, "idle_s": 1.0, "wake_s": 1.0}
+    """Its patience is short, so that deadlines and comments come soon; but not so short that an SDK that loads its types at
+    its first event, on a machine with much to do, is taken for a publisher who has fallen silent."""
+    settings = {"waiting_s": 0.2, "first_byte_s": 3.0, "idle_s": 3.0, "wake_s": 3.0}
     async with open_broker_process(tmp_path / "w.db", **settings) as broker:
         yield broker
 

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections import Counter
 
+import httpcore2  # noqa: F401 - loaded with the first call of a public row, to which the warm-up may not come
 from trio._core._run import GLOBAL_RUN_CONTEXT
 
 from wakecall.cli import main

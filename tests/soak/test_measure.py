@@ -58,6 +58,12 @@ def test_memory_that_rises_in_the_second_half_is_a_leak() -> None:
     assert leaks(samples=swinging) == leaks(samples=warming) == []
 
 
+def test_half_a_minute_may_swing_by_more() -> None:
+    for most, is_leak in ((22, False), (26, True)):
+        rising = [Sample(at / 10, int(90 * MIB + 2 * most * MIB * at / 300)) for at in range(301)]
+        assert bool(leaks(samples=rising)) is is_leak
+
+
 def test_the_table_says_what_is_left_over() -> None:
     shown = table(findings(START, BEFORE, replace(AFTER, metrics=AFTER.metrics | {"process_open_fds": 16.0}), FLAT))
     assert [line.split() for line in shown.splitlines() if "LEFT OVER" in line] == [
