@@ -31,6 +31,9 @@ __all__ = ["Waiting", "out_of_time"]
 #: Seconds between looks at a row that is avoided for so many infers, while some wait.
 _PROBE_S: Final = 1.0
 
+#: Seconds that one step may take between two looks at the clock.
+_STEP_S: Final = 0.01
+
 _HELD: Final = "The model takes no requests for the time being: it is paused, or being drained."
 
 
@@ -98,9 +101,11 @@ class Waiting(ABC):
 
     def _on_waiting_due(self, infer: Infer) -> None:
         now = trio.current_time()
+        # Its time began in the same step as that of the first who waits for it, but some instructions later.
+        up_to = now + _STEP_S if infer.phase_until <= now else now
         for row in self.placer.candidates(infer):
             wake = row.wake
-            if wake is not None and wake.deadline is not None and wake.deadline.due <= now:
+            if wake is not None and wake.deadline is not None and wake.deadline.due <= up_to:
                 # Two heaps, and no order between them: all who wait for it get the one answer.
                 self.waker.on_due(wake)
                 if infer.state is not InferState.WAITING or min(infer.phase_until, infer.total_until) > now:

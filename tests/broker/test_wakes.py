@@ -151,6 +151,25 @@ async def test_a_wake_that_runs_out_of_time_is_wake_timeout_for_all(autojump_clo
             await publisher.heartbeat()
 
 
+async def test_a_wake_that_began_a_few_instructions_after_who_waits_for_it_is_wake_timeout_too(autojump_clock):
+    """Real time goes on within a step; the virtual clock does not."""
+    async with (
+        open_test_broker() as broker,
+        FakePublisher(broker, "laptop", [LLMSpec("qwen", status=HIBERNATING)]) as publisher,
+        trio.open_nursery() as nursery,
+    ):
+        call = start_call(nursery, broker)
+        frame = await publisher.next("wake")
+        channel = publisher.channel
+        wake = channel.tasks[frame.data["task_id"]]
+        channel.deadlines.arm(wake.deadline, wake.deadline.due + 0.001)
+        for _ in range(4):
+            await trio.sleep(29)
+            await publisher.heartbeat({"qwen": HIBERNATING})
+        await call.over.wait()
+        assert call.code == "wake_timeout"
+
+
 async def test_the_publisher_dying_fails_all_50_at_once(autojump_clock):
     async with (
         open_test_broker() as broker,
