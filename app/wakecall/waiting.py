@@ -101,7 +101,7 @@ class Waiting(ABC):
 
     def _on_waiting_due(self, infer: Infer) -> None:
         now = trio.current_time()
-        # Its time began in the same step as that of the first who waits for it, but some instructions later.
+        # A wake's time begins in the same step as that of the first who waits for it, but some instructions later.
         up_to = now + _STEP_S if infer.phase_until <= now else now
         for row in self.placer.candidates(infer):
             wake = row.wake

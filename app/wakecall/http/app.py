@@ -44,8 +44,8 @@ def create_app(
     Serve it with `wakecall.http.server.serve_app`: the guard leans on what that puts beneath it.
 
     What you add around its requests is honoured: with a hook, an error handler, a teardown function or a listener to one
-    of Quart's signals every request takes Quart's own way, which costs about a third more; a view of your own in a route's
-    place takes that route alone.
+    of Quart's signals every request takes Quart's own way, which costs about half as much again; a view of your own in a
+    route's place takes that route alone.
 
     Args:
         broker: from `open_broker`; its config bounds the bodies.

@@ -178,7 +178,7 @@ class Connection(TCPServer):
             self._barrier.unread[self] = None
         try:
             with trio.CancelScope(shield=True):
-                async with self.send_lock:
+                async with self.send_lock:  # had at once where some went out before: nothing comes in between
                     await self.stream.send_all(data)
         finally:
             self._barrier.unread.pop(self, None)

@@ -46,7 +46,8 @@ _SIGNALS: Final = (
 
 
 def has_hooks(app: Quart, own: Collection[Any] = ()) -> bool:
-    """Whether somebody has put anything around an app's requests: a hook, an error handler, a listener to a signal.
+    """Whether somebody has put anything around an app's requests: a hook, an error handler, a teardown
+    function, a listener to a signal.
 
     Args:
         app: Quart's.
@@ -82,7 +83,7 @@ class _Hot(NamedTuple):
 
 
 class Direct:
-    """Pure ASGI: `Direct(app, admit)` in front of a Quart app's own.
+    """Pure ASGI: `Direct(app, admit, is_hooked)` in front of a Quart app's own.
 
     Args:
         app: Quart's; its views are looked at for each request.

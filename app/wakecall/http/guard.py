@@ -4,7 +4,7 @@ Quart buffers a body without limit, takes the end of its own answer for the peer
 fails. So the guard stands between server and Quart and owns three things:
 
 * **The body.** Quart is told at once that there is none. Its reader task, which goes on asking for messages, is the
-  pump: pieces wait (`intake`), two at most, until the handler takes one; only then is another asked for. So a
+  pump: pieces wait (`incoming`), two at most, until the handler takes one; only then is another asked for. So a
   handler that stands still closes the kernel's window, and nothing is spawned for it.
 * **The end.** `http.disconnect` before the answer's last message means that the peer is gone: callbacks run at that
   moment, whatever the handler is stuck in, then Quart hears it and cancels the handler. After the last message it is
@@ -28,7 +28,7 @@ from ..errors import InternalError
 from ..faults import leaves_of, stacks_of
 from .budget import BodyBudget
 from .cors import Cors
-from .intake import BodyStream, ClientGone, GuardSettings, Intake
+from .incoming import BodyStream, ClientGone, GuardSettings, Incoming
 from .refusal import error_body, error_headers, marks_of, pick_request_id
 
 __all__ = ["BodyBudget", "BodyStream", "ClientGone", "Exchange", "Guard", "GuardSettings", "current_exchange_of"]
@@ -100,10 +100,10 @@ def current_exchange_of(scope: Scope) -> Exchange:
     return exchange
 
 
-class Exchange(Intake):
+class Exchange(Incoming):
     """One request and its answer, as the handler sees them. Made by `Guard`; over when the app returns.
 
-    All that changes: what `Intake` has of the body, whether the peer is gone, how far the answer is.
+    All that changes: what `Incoming` has of the body, whether the peer is gone, how far the answer is.
     """
 
     __slots__ = (

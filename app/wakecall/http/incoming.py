@@ -17,7 +17,7 @@ import trio
 from ..errors import RequestTimeout, RequestTooLarge
 from .budget import BodyBudget
 
-__all__ = ["BodyStream", "ClientGone", "GuardSettings", "Intake"]
+__all__ = ["BodyStream", "ClientGone", "GuardSettings", "Incoming"]
 
 
 class ClientGone(Exception):
@@ -38,7 +38,7 @@ class GuardSettings:
     drain_bytes: int = 1 << 20
 
 
-class Intake:
+class Incoming:
     """The body of one request; `guard.Exchange` is the whole of it.
 
     All that changes: the pieces that nobody took yet, whether the body is complete, claimed, being read or unwanted, and
@@ -242,8 +242,8 @@ class BodyStream:
         ClientGone: the peer left before the end.
     """
 
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
+    def __init__(self, incoming: Incoming) -> None:
+        self._intake = incoming
 
     def __aiter__(self) -> BodyStream:
         return self
